@@ -1,0 +1,202 @@
+"""Text <-> ids. Two tokenizers with one interface:
+
+  tokenizer.model   sentencepiece BPE, trained on one's own data by prepare.py (train_sentencepiece)
+  qwen.tiktoken     the vocabulary of Qwen 1 to 2.5, which Steel-LLM uses, run by tiktoken
+
+    tokenizer = load_tokenizer("data/default")       # a folder that holds one of these files, or the file
+    ids = tokenizer.encode("滚滚长江东逝水")           # text never becomes a special id, whatever it says
+    text = tokenizer.decode(ids)
+
+Both map every id to a fixed byte string, so that decoding is joining bytes, the length of a text in bytes is
+a sum over its ids, and the round trip is exact for every valid Unicode text (Qwen: for its NFC form).
+"""
+
+import base64
+import codecs
+import hashlib
+import io
+import re
+import unicodedata
+from pathlib import Path
+
+END_OF_TEXT, CHAT_START, CHAT_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+SPECIALS = (END_OF_TEXT, CHAT_START, CHAT_END)
+
+
+class Tokenizer:
+    """What both tokenizers share.
+
+    token_bytes       list: the bytes of each id; empty for the specials
+    vocab_size        how many ids there are; ids from here on must never be sampled
+    embedding_rows    rows of an embedding for this tokenizer: vocab_size, or what the published models pad it to
+    eos_id            ends a document; chat_start_id, chat_end_id frame a turn of a conversation
+    """
+
+    def __init__(self, path, token_bytes, special_ids, embedding_rows):
+        self.path = Path(path)
+        self.token_bytes = token_bytes
+        self.vocab_size = len(token_bytes)
+        self.embedding_rows = embedding_rows
+        self.eos_id, self.chat_start_id, self.chat_end_id = special_ids
+
+    def encode(self, text):
+        """str -> list of ids, specials excluded. Lone surrogates, which UTF-8 cannot hold, become "?"."""
+        raise NotImplementedError
+
+    def decode(self, ids):
+        """ids -> str. Specials vanish; bytes that are no UTF-8 become U+FFFD."""
+        return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace")
+
+    def stream(self, ids):
+        """Iterator of ids -> iterator of str. A character comes out when its last byte is there, never in parts."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for i in ids:
+            if text := decoder.decode(self.token_bytes[i]):
+                yield text
+        if text := decoder.decode(b"", final=True):
+            yield text
+
+    def encode_chat(self, messages, open_turn=False):
+        """[{"role", "content"}, ...] -> (ids, loss_mask), both lists of the same length, in Qwen's ChatML template.
+
+        loss_mask is 1 on what the assistant writes and on the mark that ends its turn, else 0. open_turn adds the
+        start of an assistant's turn, for generation. Content is encoded as plain text: it cannot forge a marker.
+        """
+        if not messages or messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": "You are a helpful assistant."}, *messages]
+        ids, mask = [], []
+        newline = self.encode("\n")
+
+        def add(new_ids, counted):
+            ids.extend(new_ids)
+            mask.extend([counted] * len(new_ids))
+
+        for message in messages:
+            head = self.encode(message["role"] + "\n")
+            body = self.encode(message["content"])
+            add([self.chat_start_id, *head], 0)
+            add([*body, self.chat_end_id], int(message["role"] == "assistant"))
+            add(newline, 0)
+        if open_turn:
+            add([self.chat_start_id, *self.encode("assistant\n")], 0)
+        return ids, mask
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# sentencepiece
+
+SPACE_MARK = "\u2581"  # sentencepiece writes a space as this character, so the character itself needs care
+
+
+class SentencePiece(Tokenizer):
+    def __init__(self, path):
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self.processor = SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise SystemExit(f"{path} is not a sentencepiece model ({error}): run prepare.py again into a new folder")
+        pieces = [self.processor.id_to_piece(i) for i in range(len(self.processor))]
+        special_ids = [self.processor.piece_to_id(piece) for piece in SPECIALS]
+        token_bytes = []
+        for i, piece in enumerate(pieces):
+            if self.processor.is_byte(i):
+                token_bytes.append(bytes([int(piece[3:5], 16)]))
+            elif self.processor.is_control(i) or self.processor.is_unknown(i):
+                token_bytes.append(b"")
+            else:
+                token_bytes.append(piece.replace(SPACE_MARK, " ").encode("utf-8"))
+        self.space_mark_ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode("utf-8")]
+        super().__init__(path, token_bytes, special_ids, embedding_rows=len(token_bytes))
+
+    def encode(self, text):
+        text = text.encode("utf-8", errors="replace").decode("utf-8")
+        first, *rest = text.split(SPACE_MARK)
+        ids = self.processor.encode(first)
+        for part in rest:
+            ids += self.space_mark_ids + self.processor.encode(part)
+        return ids
+
+
+def train_sentencepiece(texts, vocab_size, path):
+    """Train a lossless byte-fallback BPE on an iterable of str and write it to path (a .model file).
+
+    Every setting below is needed for the round trip to be exact or for Chinese to be cut well; with
+    sentencepiece's defaults three texts of four do not come back as they were.
+    """
+    from sentencepiece import SentencePieceTrainer, set_min_log_level
+
+    def sentences():
+        # The trainer drops long lines without a word, so it gets pieces of 1,000 characters (4,000 bytes) at most.
+        for text in texts:
+            for sentence in re.split(r"(?<=[。！？\n])", text):
+                for start in range(0, len(sentence), 1000):
+                    yield sentence[start : start + 1000]
+
+    set_min_log_level(2)
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=sentences(), model_writer=model, vocab_size=vocab_size, model_type="bpe",
+            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+            byte_fallback=True, character_coverage=0.9995, split_digits=True, allow_whitespace_only_pieces=True,
+            max_sentencepiece_length=8, user_defined_symbols=["\n"],
+            control_symbols=[CHAT_START, CHAT_END], unk_id=0, eos_id=1, eos_piece=END_OF_TEXT, bos_id=-1, pad_id=-1,
+            max_sentence_length=4192, input_sentence_size=1_000_000, shuffle_input_sentence=True,
+        )  # fmt: skip
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise SystemExit(f"no tokenizer of {vocab_size} pieces from this text ({reason}): more text, or another --vocab-size")
+    Path(path).write_bytes(model.getvalue())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Qwen
+
+QWEN_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN_EMBEDDING_ROWS = 151_936  # of the published models, Steel-LLM's too: 151,646 ids and padding
+
+
+class Qwen(Tokenizer):
+    def __init__(self, path):
+        import tiktoken
+
+        content = Path(path).read_bytes()
+        if hashlib.sha256(content).hexdigest() != QWEN_SHA256:
+            raise SystemExit(f"{path} is not Qwen's vocabulary (sha256 differs): fetch it with prepare.py --tokenizer qwen")
+        # One line a token, "base64 rank", in the order of the ranks.
+        token_bytes = [base64.b64decode(line.split()[0]) for line in content.splitlines()]
+        special_ids = [len(token_bytes) + i for i in range(len(SPECIALS))]
+        self.encoding = tiktoken.Encoding(
+            "qwen", pat_str=QWEN_PATTERN, special_tokens=dict(zip(SPECIALS, special_ids)),
+            mergeable_ranks={token: rank for rank, token in enumerate(token_bytes)},
+        )  # fmt: skip
+        super().__init__(path, token_bytes + [b""] * len(SPECIALS), special_ids, QWEN_EMBEDDING_ROWS)
+
+    def encode(self, text):
+        text = text.encode("utf-8", errors="replace").decode("utf-8")
+        return self.encoding.encode_ordinary(unicodedata.normalize("NFC", text))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+FILES = {"tokenizer.model": SentencePiece, "qwen.tiktoken": Qwen}
+
+
+def load_tokenizer(path):
+    """The tokenizer in a folder (data/NAME, a checkpoint) or in one file, told apart by the file's ending."""
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in FILES if (path / name).exists()]
+        if not found:
+            raise SystemExit(f"no tokenizer in {path}: expected one of {', '.join(FILES)}")
+        path = found[0]
+    if not path.exists():
+        raise SystemExit(f"no tokenizer {path}: expected a folder, a .model or a .tiktoken file")
+    kinds = {Path(name).suffix: kind for name, kind in FILES.items()}
+    if path.suffix not in kinds:
+        raise SystemExit(f"{path} is no tokenizer: expected a file ending in {' or '.join(kinds)}")
+    return kinds[path.suffix](path)
