@@ -1,0 +1,473 @@
+"""The decoder: Qwen-style attention and a causal Soft Mixture of Experts.
+
+    config = PRESETS["demo"]                     # or Config(n_layer=..., ...)
+    model = Decoder(config)
+    logits = model(ids)                          # [B, T] -> [B, T, V]
+    loss = model(ids, targets)                   # mean nats per counted target
+    cache = model.new_cache(batch, max_len)      # then model(ids, cache=cache), any number of times
+    model = Decoder.load("out/demo")             # a checkpoint, or the newest one of a run
+
+Shapes: B batch, T time, D width (d_model), H heads, G key/value heads, K head dim, V vocabulary,
+        E experts, P slots per expert, S = E * P slots, W window, h hidden width of an expert.
+"""
+
+import hashlib
+import json
+import math
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------------------------
+# Configuration
+
+CHOICES = {
+    "ffn": ("soft_moe", "dense"),
+    "dispatch": ("causal", "token", "sequence"),
+    "expert": ("swiglu", "swiglu2"),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    n_layer: int = 4
+    d_model: int = 192
+    n_head: int = 4
+    n_kv_head: int = 4
+    vocab_size: int = 8192
+    block_size: int = 256  # the longest text the model is trained on, in tokens
+    ffn: str = "soft_moe"  # or dense: one SwiGLU with as many parameters as all experts together
+    dispatch: str = "causal"  # what a slot reads: causal: the last `window` tokens; token: one; sequence: all (leaks)
+    window: int = 4
+    n_expert: int = 6
+    slots_per_expert: int = 1
+    expert: str = "swiglu"  # or swiglu2: the second layer is gated as well, as in Steel-LLM
+    d_expert: int = 0  # hidden width of an expert; 0: so that the layer has about 8 d_model^2 weights
+    tie_embeddings: bool = True
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        problems = [
+            f"{name} = {getattr(self, name)!r}, expected one of {', '.join(choices)}"
+            for name, choices in CHOICES.items()
+            if getattr(self, name) not in choices
+        ]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and value < (0 if field.name == "d_expert" else 1):
+                problems.append(f"{field.name} = {value}, expected a positive number")
+        if not problems and self.d_model % (2 * self.n_head):
+            problems.append(f"d_model = {self.d_model} is not a multiple of 2 x n_head = {2 * self.n_head}")
+        if not problems and self.n_head % self.n_kv_head:
+            problems.append(f"n_head = {self.n_head} is not a multiple of n_kv_head = {self.n_kv_head}")
+        if problems:
+            raise SystemExit("model configuration: " + "; ".join(problems))
+        if not self.d_expert:
+            width = 8 * self.d_model / self.matrices_per_expert / self.n_expert
+            object.__setattr__(self, "d_expert", 8 * math.ceil(width / 8))
+
+    @property
+    def matrices_per_expert(self):
+        return {"swiglu": 3, "swiglu2": 4}[self.expert]
+
+    @property
+    def d_dense(self):
+        """Width of the dense SwiGLU with the parameters of all experts."""
+        return self.matrices_per_expert * self.n_expert * self.d_expert // 3
+
+
+PRESETS = {
+    "demo": Config(),
+    "small": Config(n_layer=12, d_model=768, n_head=12, n_kv_head=12, vocab_size=16_384, block_size=1024),
+    "steel-1b": Config(
+        n_layer=18, d_model=1792, n_head=32, n_kv_head=32, vocab_size=151_936, block_size=2048,
+        n_expert=6, d_expert=448, expert="swiglu2", tie_embeddings=False, rope_base=1_000_000.0,
+    ),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+class Cache:
+    """What decoding remembers: keys and values of every position, and the last W - 1 inputs of each Soft MoE layer.
+
+    length   positions seen so far, the same for every row of the batch
+    start    [B] or None: how many of them are padding on the left, for prompts of unequal length
+    """
+
+    def __init__(self, config, batch, max_len, device, dtype):
+        self.length, self.max_len, self.start = 0, max_len, None
+        head_dim = config.d_model // config.n_head
+        kv_shape = (config.n_layer, batch, config.n_kv_head, max_len, head_dim)
+        self.k = torch.zeros(kv_shape, device=device, dtype=dtype)
+        self.v = torch.zeros(kv_shape, device=device, dtype=dtype)
+        back = config.window - 1 if config.ffn == "soft_moe" and config.dispatch == "causal" else 0
+        self.recent = torch.zeros(config.n_layer, batch, back, config.d_model, device=device, dtype=dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions; q, k and v have a bias (Qwen1.5)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.head_dim = config.d_model // config.n_head
+        n_rows = config.n_head + 2 * config.n_kv_head
+        self.qkv = nn.Parameter(torch.empty(n_rows, self.head_dim, config.d_model))
+        self.qkv_bias = nn.Parameter(torch.empty(n_rows, self.head_dim))
+        self.out = nn.Parameter(torch.empty(config.d_model, config.d_model))
+
+    def forward(self, x, rotary, cache=None, layer=0):
+        """x [B, T, D], rotary = (cos, sin) each [B or 1, T, 1, K] -> [B, T, D]."""
+        B, T, D = x.shape
+        qkv = F.linear(x, self.qkv.flatten(0, 1), self.qkv_bias.flatten()).view(B, T, -1, self.head_dim)
+        qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
+        q, k = rotate(qk, *rotary).split([self.n_head, self.n_kv_head], dim=2)
+        q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # [B, H or G, T, K]
+        mask = None
+        if cache is not None:
+            end = cache.length + T
+            cache.k[layer, :, :, cache.length : end] = k
+            cache.v[layer, :, :, cache.length : end] = v
+            k, v = cache.k[layer, :, :, :end], cache.v[layer, :, :, :end]
+            mask = cache_mask(cache, T, x.device)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=self.n_head != self.n_kv_head
+        )
+        return F.linear(y.transpose(1, 2).reshape(B, T, D), self.out)
+
+
+def cache_mask(cache, T, device):
+    """[B or 1, 1, T, length + T], true where a new position may look; None where plain causal attention says the same."""
+    if cache.start is None and (T == 1 or cache.length == 0):
+        return None
+    new = torch.arange(cache.length, cache.length + T, device=device)
+    seen = torch.arange(cache.length + T, device=device)
+    mask = (seen <= new[:, None])[None, None]
+    if cache.start is not None:
+        # Padding may look at itself, so that no row of the softmax is empty; nothing reads what it then holds.
+        mask = mask & (seen >= cache.start[:, None, None, None]) | (seen == new[:, None])
+    return mask
+
+
+def rotary_angles(positions, head_dim, base, dtype):
+    """cos and sin, [..., T, 1, K], of rotary positions (arXiv 2104.09864), half-split; angles in fp32."""
+    frequencies = base ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angles = positions[..., None, None].float() * frequencies
+    return torch.cat([angles.cos()] * 2, -1).to(dtype), torch.cat([angles.sin()] * 2, -1).to(dtype)
+
+
+def rotate(x, cos, sin):
+    """x [B, T, heads, K]: turn the pair (x_i, x_{i + K/2}) by the angle of its position."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Feed-forward layers
+
+
+class Dense(nn.Module):
+    """SwiGLU (arXiv 2002.05202, section 2)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.w_in = nn.Parameter(torch.empty(2, config.d_dense, config.d_model))  # gate, up
+        self.w_out = nn.Parameter(torch.empty(config.d_dense, config.d_model))
+
+    def forward(self, x, cache=None, layer=0):
+        gate, up = F.linear(x, self.w_in.flatten(0, 1)).chunk(2, dim=-1)
+        return (F.silu(gate) * up) @ self.w_out
+
+
+class SoftMoE(nn.Module):
+    """Soft Mixture of Experts (arXiv 2308.00951, section 2) whose slots read only the past.
+
+    l[t, j] = scale * <x_t / |x_t|, phi_j / |phi_j|>                  router logits of token t and slot j
+    w[t, j] = softmax over k < W of (l[t - k, j] + b[j, k])           dispatch: how slot j weighs the last W tokens
+    z[t, j] = sum over k of w[t, j, k] * x[t - k]                     what slot j reads at position t
+    y_t     = E * sum over j of softmax_j(l[t])_j * expert(j)(z[t, j])
+
+    The first layer of an expert is linear, so it is applied to x once, and the window is mixed behind it: the same
+    function, without a [B, T, S, D] tensor. dispatch = "token" is W = 1. dispatch = "sequence" is the layer as
+    published and as Steel-LLM (arXiv 2502.06635) released it: w is a softmax over all tokens, later ones included,
+    the experts get x / |x|, and there is no factor E.
+
+    Experts are swiglu: silu(A x) * (B x) times C; or swiglu2: u = silu(A x) * (B x), then silu(C u) * (D u).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        E, P, h, D = config.n_expert, config.slots_per_expert, config.d_expert, config.d_model
+        self.dispatch, self.n_expert, self.slots = config.dispatch, E, P
+        self.window = config.window if config.dispatch == "causal" else 1
+        self.phi = nn.Parameter(torch.empty(D, E * P))
+        self.scale = nn.Parameter(torch.empty(1))
+        if config.dispatch == "causal":
+            self.recency = nn.Parameter(torch.empty(E * P, config.window))  # b
+        self.w_in = nn.Parameter(torch.empty(E, 2, h, D))
+        self.w_out = nn.Parameter(torch.empty(E, h, D) if config.expert == "swiglu" else torch.empty(2, E, h, D))
+
+    def forward(self, x, cache=None, layer=0):
+        """x [B, T, D], RMS-normed -> [B, T, D]."""
+        if self.dispatch == "sequence":
+            return self.published(x)
+        T, W = x.shape[1], self.window
+        if cache is not None and W > 1:
+            x = torch.cat([cache.recent[layer], x], dim=1)
+            cache.recent[layer] = x[:, T:]
+        logits = self.router_logits(x)  # [B, T, S], fp32; with a cache W - 1 earlier positions stand in front
+        u = F.linear(x, self.w_in.flatten(0, 2)).unflatten(-1, (self.n_expert, -1))  # [B, T, E, 2h]
+        own = logits[:, -T:]
+        if W > 1:
+            if cache is None:
+                logits = F.pad(logits, (0, 0, W - 1, 0), value=-torch.inf)
+                u = F.pad(u, (0, 0, 0, 0, W - 1, 0))
+            else:
+                position = torch.arange(cache.length - (W - 1), cache.length + T, device=x.device)
+                missing = position < (0 if cache.start is None else cache.start[:, None])
+                logits = logits.masked_fill(missing.expand(x.shape[:2])[..., None], -torch.inf)
+            u = self.mix(u, own, logits)
+        elif self.slots > 1:
+            u = u.repeat_interleave(self.slots, dim=2)
+        return self.experts(u, own.softmax(-1).to(x.dtype) * self.n_expert)
+
+    def router_logits(self, x):
+        """[B, T, D] -> [B, T, S], in fp32 at least."""
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            return F.normalize(x.to(dtype), dim=-1) @ (F.normalize(self.phi.to(dtype), dim=0) * self.scale.to(dtype))
+
+    def mix(self, u, own, logits):
+        """What each slot reads, behind the first layer: [B, T, S, 2h].
+
+        u [B, W - 1 + T, E, 2h], own [B, T, S]; logits [B, W - 1 + T, S] are -inf where there is no token.
+        """
+        T, W = own.shape[1], self.window
+        back = [slice(W - 1 - k, W - 1 - k + T) for k in range(W)]  # back[k]: the positions t - k
+        # A token always reads itself, even if it is padding: a softmax over nothing would be NaN, and spread.
+        scores = [own + self.recency[:, 0]] + [logits[:, back[k]] + self.recency[:, k] for k in range(1, W)]
+        weights = torch.stack(scores).softmax(0).to(u.dtype)
+        weights = weights.unflatten(-1, (self.n_expert, self.slots))[..., None]  # [W, B, T, E, P, 1]
+        u = u[:, :, :, None]
+        return sum(weights[k] * u[:, back[k]] for k in range(W)).flatten(2, 3)
+
+    def experts(self, u, combine):
+        """u [B, T, S, 2h] pre-activations, combine [B, T, S] -> the weighted sum over slots, [B, T, D]."""
+        gate, up = u.chunk(2, dim=-1)
+        hidden = F.silu(gate) * up  # [B, T, S, h]
+        if self.w_out.ndim == 3:  # swiglu: the last layer is linear, so the sum over slots goes before it
+            hidden = (hidden * combine[..., None]).unflatten(2, (self.n_expert, self.slots)).sum(3)
+            return hidden.flatten(2) @ self.w_out.flatten(0, 1)
+        B, T, S, h = hidden.shape
+        hidden = hidden.view(B * T, self.n_expert, self.slots, h).transpose(0, 1).reshape(self.n_expert, -1, h)
+        gate, down = torch.bmm(hidden, self.w_out[0]), torch.bmm(hidden, self.w_out[1])  # [E, B T P, D]
+        combine = combine.view(B * T, self.n_expert, self.slots).permute(1, 0, 2).reshape(self.n_expert, -1, 1)
+        y = (F.silu(gate) * down * combine).sum(0)
+        return y.view(B, T, self.slots, -1).sum(2)
+
+    def published(self, x):
+        """dispatch = "sequence"."""
+        logits = self.router_logits(x)  # [B, T, S]
+        slots = logits.softmax(1).to(x.dtype).transpose(1, 2) @ F.normalize(x, dim=-1)  # [B, S, D]
+        u = torch.einsum("bepd,efd->bepf", slots.unflatten(1, (self.n_expert, -1)), self.w_in.flatten(1, 2))
+        gate, up = u.chunk(2, dim=-1)
+        hidden = F.silu(gate) * up  # [B, E, P, h]
+        if self.w_out.ndim == 3:
+            y = torch.einsum("beph,ehd->bepd", hidden, self.w_out)
+        else:
+            gate, down = (torch.einsum("beph,ehd->bepd", hidden, w) for w in self.w_out)
+            y = F.silu(gate) * down
+        return logits.softmax(2).to(x.dtype) @ y.flatten(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy from hidden states, in chunks of tokens, so that [N, V] logits never exist.
+
+    The gradients are made in forward, while a chunk's logits are there; backward only scales them.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk, with_gradients):
+        """hidden [N, D], weight [V, D], targets [N] (-1: not counted) -> sum of nats, fp32 at least."""
+        cast_weight = weight.to(hidden.dtype)
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        if with_gradients:
+            d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+            ctx.save_for_backward(d_hidden, d_weight)
+        for start in range(0, len(hidden), chunk):
+            rows, goal = hidden[start : start + chunk], targets[start : start + chunk]
+            logits = (rows @ cast_weight.T).to(total.dtype)
+            counted, index = (goal >= 0)[:, None], goal.clamp(min=0)[:, None]
+            log_p = (rows @ cast_weight.T).to(total.dtype).log_softmax(-1)
+            total -= (log_p.gather(1, index) * counted).sum()
+            if with_gradients:  # d loss / d logits = softmax - one-hot
+                d_logits = log_p.exp_().scatter_add_(1, index, log_p.new_full((), -1.0).expand_as(index)).to(rows.dtype)
+                d_hidden[start : start + chunk] = d_logits @ cast_weight * counted
+                d_weight += (d_logits.T @ (rows * counted)).to(weight.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx, d_total):
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * d_total.to(d_hidden.dtype), d_weight * d_total.to(d_weight.dtype), None, None, None
+
+
+def cross_entropy(hidden, weight, targets, chunk=1024):
+    """Mean nats per counted target; hidden [..., D], weight [V, D], targets [...] with -1 for not counted."""
+    hidden, targets = hidden.flatten(0, -2), targets.flatten()
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        total = ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, torch.is_grad_enabled())
+    return total / (targets >= 0).sum().clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Decoder
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.ffn = SoftMoE(config) if config.ffn == "soft_moe" else Dense(config)
+
+    def forward(self, x, rotary, cache, layer):
+        x = x + self.attention(self.attention_norm(x), rotary, cache, layer)
+        return x + self.ffn(self.ffn_norm(x), cache, layer)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        if not config.tie_embeddings:
+            self.head = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Every parameter, by name. The last matrix of each residual branch is zero: a block starts as the identity."""
+        for name, p in self.named_parameters():
+            leaf = name.rpartition(".")[2]
+            if name.endswith("norm.weight"):
+                nn.init.ones_(p)
+            elif leaf in ("embedding", "head"):
+                nn.init.normal_(p, std=0.02)
+            elif leaf in ("qkv", "w_in", "phi"):
+                nn.init.normal_(p, std=self.config.d_model**-0.5)
+            elif leaf in ("qkv_bias", "out"):
+                nn.init.zeros_(p)
+            elif leaf == "w_out":
+                nn.init.zeros_(p)
+                if p.ndim == 4:  # swiglu2 multiplies two of them: one must not be zero, or neither gets a gradient
+                    nn.init.normal_(p[0], std=p.shape[-2] ** -0.5)
+            elif leaf == "scale":
+                nn.init.ones_(p)  # near-uniform combine: the layer starts out as the dense one
+            elif leaf == "recency":
+                nn.init.zeros_(p)
+                p[:, 0] = 2.0  # a slot starts out reading mostly its own token
+            else:
+                raise ValueError(f"no initialisation for parameter {name}")
+
+    def forward(self, ids, targets=None, cache=None):
+        """ids [B, T] -> logits [B, T, V]; with targets [B, T] (-1: not counted) -> mean nats per counted target.
+
+        With a cache, ids continue what it holds. A batch of unequal prompts is padded on the left with -1.
+        """
+        hidden = self.hidden(ids, cache)
+        head = self.embedding if self.config.tie_embeddings else self.head
+        return F.linear(hidden, head) if targets is None else cross_entropy(hidden, head, targets)
+
+    def hidden(self, ids, cache=None):
+        """ids [B, T] -> normed states of the last layer [B, T, D]."""
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        if cache is not None:
+            if self.config.ffn == "soft_moe" and self.config.dispatch == "sequence":
+                raise ValueError('dispatch = "sequence" reads the whole text at every position: it cannot be decoded with a cache')
+            if cache.length + ids.shape[1] > cache.max_len:
+                raise ValueError(f"the cache holds {cache.max_len} positions, {cache.length + ids.shape[1]} are needed")
+            if cache.length == 0 and (ids < 0).any():
+                cache.start = (ids < 0).sum(1)
+            positions = positions + cache.length
+            if cache.start is not None:
+                positions = positions - cache.start[:, None]
+        x = F.embedding(ids.clamp(min=0), self.embedding)
+        rotary = rotary_angles(positions, self.config.d_model // self.config.n_head, self.config.rope_base, x.dtype)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotary, cache, layer)
+        if cache is not None:
+            cache.length += ids.shape[1]
+        return self.norm(x)
+
+    def new_cache(self, batch, max_len):
+        return Cache(self.config, batch, max_len, self.embedding.device, self.embedding.dtype)
+
+    def n_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, T):
+        """Forward and backward, per token of a text of T tokens: 6 per weight that multiplies, causal attention at half."""
+        weights = self.n_params() - (0 if self.config.tie_embeddings else self.embedding.numel())
+        return 6 * weights + 6 * self.config.n_layer * self.config.d_model * T
+
+    @classmethod
+    def load(cls, path):
+        """The model of a checkpoint directory, or of a run directory's newest checkpoint, on the CPU in fp32."""
+        path = newest_checkpoint(path)
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        model = cls(Config(**state["config"]))
+        model.load_state_dict(torch.load(path / "model.pt", map_location="cpu", weights_only=True))
+        return model
+
+
+def newest_checkpoint(path):
+    """The checkpoint to read: path itself, the newest of a run directory, or the newest of all runs under path.
+
+    A checkpoint whose files do not have the hashes in its sha256.json is passed over, and said so.
+    """
+    path = Path(path)
+    if (path / "sha256.json").exists() or path.name.startswith("step-"):
+        found = [path]
+    else:
+        found = [p for p in [*path.glob("step-*"), *path.glob("*/step-*")] if p.is_dir()]
+        found.sort(key=lambda p: (p.stat().st_mtime, p.name), reverse=True)
+    for step_dir in found:
+        if problem := checkpoint_problem(step_dir):
+            print(f"passed over {step_dir}: {problem}", file=sys.stderr)
+        else:
+            return step_dir
+    raise SystemExit(f"no {'whole ' if found else ''}checkpoint in {path}: train one with python train.py, or give its directory")
+
+
+def checkpoint_problem(path):
+    """None if every file of a checkpoint has its recorded sha256, else what is wrong."""
+    try:
+        recorded = json.loads((path / "sha256.json").read_text(encoding="utf-8"))
+        for name, sha256 in recorded.items():
+            with open(path / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    return f"{name} is damaged"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, AttributeError):
+        return "sha256.json is damaged"
+    return None

@@ -1,0 +1,145 @@
+"""Text from a checkpoint.
+
+    python sample.py                                          # newest checkpoint, from the beginning of a document
+    python sample.py out/demo --prompt 却说曹操 --num-samples 3
+    python sample.py --file prompt.txt --temperature 0        # greedy
+
+Text streams as it is made, whole characters at a time.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from model import Decoder, newest_checkpoint
+from tokenizer import load_tokenizer
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("checkpoint", nargs="?", default="out", metavar="CHECKPOINT", help="step or run directory")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", default="", help="text to continue")
+    prompt.add_argument("--file", help="a UTF-8 file with the text to continue")
+    parser.add_argument("--num-samples", type=int, default=1)
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    parser.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens; 0: all")
+    parser.add_argument("--top-p", type=float, default=0.95, help="only the smallest set with this probability")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    for name, ok, expected in (
+        ("num_samples", args.num_samples >= 1, "1 or more"),
+        ("max_new_tokens", args.max_new_tokens >= 1, "1 or more"),
+        ("temperature", args.temperature >= 0, "0 or more"),
+        ("top_k", args.top_k >= 0, "0 or more"),
+        ("top_p", 0 < args.top_p <= 1, "more than 0, at most 1"),
+    ):
+        if not ok:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Logits -> logits, [B, V]
+
+
+def keep_top_k(logits, k):
+    """The k largest; all where k is 0."""
+    if not 0 < k < logits.shape[-1]:
+        return logits
+    return logits.masked_fill(logits < logits.topk(k).values[:, -1:], -torch.inf)
+
+
+def keep_top_p(logits, p):
+    """The smallest set whose probability is at least p, one token or more (arXiv 1904.09751, section 3.1)."""
+    if p >= 1:
+        return logits
+    ordered, order = logits.sort(dim=-1, descending=True)
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    return logits.masked_fill((before >= p).scatter(-1, order, before >= p), -torch.inf)
+
+
+def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """[B, V] -> [B] ids: the likeliest at temperature 0, else drawn."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = keep_top_p(keep_top_k(logits.float() / temperature, top_k), top_p)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(model, ids, max_new_tokens, vocab_size, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Yield [B] ids, max_new_tokens times at most, ending early where the context of the model ends.
+
+    ids [B, T], padded on the left with -1 where prompts are of unequal length. Ids from vocab_size on (padding of the
+    embedding) are never picked. A model with dispatch = "sequence" has no cache and reads the whole text every time.
+    """
+    config = model.config
+    max_new_tokens = min(max_new_tokens, config.block_size - ids.shape[1] + 1)
+    cached = config.ffn == "dense" or config.dispatch != "sequence"
+    cache = model.new_cache(len(ids), ids.shape[1] + max_new_tokens) if cached else None
+    for n in range(max_new_tokens):
+        logits = model(ids, cache=cache)[:, -1, :vocab_size]
+        new = pick(logits, temperature, top_k, top_p, generator)
+        yield new
+        ids = new[:, None] if cached else torch.cat([ids, new[:, None]], dim=1)
+
+
+def until(ids, stop_ids):
+    """The ids before the first of stop_ids."""
+    for i in ids:
+        if i in stop_ids:
+            return
+        yield i
+
+
+def main():
+    args = get_args()
+    path = newest_checkpoint(args.checkpoint)
+    model, tokenizer = Decoder.load(path).to(args.device).eval(), load_tokenizer(path)
+    text = args.prompt
+    if args.file:
+        try:
+            text = Path(args.file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SystemExit(f"--file {args.file}: {error}")
+    prompt = [tokenizer.eos_id, *tokenizer.encode(text)]
+    if len(prompt) > model.config.block_size:
+        raise SystemExit(f"the prompt has {len(prompt)} tokens, the model's context is {model.config.block_size}: shorten it")
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    for _ in range(args.num_samples):
+        print(f"--- {path}\n{text}", end="", flush=True)
+        count, start = 0, time.perf_counter()
+
+        def new_ids():
+            nonlocal count
+            ids = torch.tensor([prompt], device=args.device)
+            for new in generate(
+                model, ids, args.max_new_tokens, tokenizer.vocab_size, args.temperature, args.top_k, args.top_p, generator
+            ):
+                count += 1
+                yield new.item()
+
+        for piece in tokenizer.stream(until(new_ids(), {tokenizer.eos_id, tokenizer.chat_end_id})):
+            print(piece, end="", flush=True)
+        print(flush=True)
+        seconds = time.perf_counter() - start
+        full = len(prompt) + count > model.config.block_size
+        print(
+            f"({count} tokens, {count / seconds:.0f} tok/s{'; the context is full' if full else ''})", file=sys.stderr
+        )
+
+
+if __name__ == "__main__":
+    main()

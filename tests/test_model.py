@@ -1,0 +1,283 @@
+"""The decoder: causality, decoding, the limits of the Soft MoE, the loss. All equalities against something independent."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import PRESETS, Attention, Config, Decoder, Dense, SoftMoE, cross_entropy
+
+SMALL = Config(n_layer=2, d_model=24, n_head=4, n_kv_head=2, vocab_size=50, block_size=64, n_expert=3, tie_embeddings=False)
+CAUSAL_KINDS = [
+    dict(),
+    dict(slots_per_expert=2, window=3),
+    dict(expert="swiglu2"),
+    dict(expert="swiglu2", slots_per_expert=2, window=2),
+    dict(window=9),
+    dict(window=1),
+    dict(dispatch="token"),
+    dict(dispatch="token", slots_per_expert=2),
+    dict(ffn="dense"),
+]
+
+
+def randomized(module, std=0.5):
+    """Every parameter random, so that nothing is zero or equal by initialisation."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn_like(p) * std)
+    return module
+
+
+def small(dtype=torch.float64, **changes):
+    return randomized(Decoder(replace(SMALL, **changes)).to(dtype))
+
+
+# --- causality
+
+
+@pytest.mark.parametrize("changes", CAUSAL_KINDS, ids=str)
+def test_a_later_token_changes_no_earlier_bit(changes):
+    model, ids = small(torch.float32, **changes), torch.randint(50, (2, 40))
+    before = model(ids)
+    for t in (1, 20, 39):
+        changed = ids.clone()
+        changed[:, t] = (changed[:, t] + 1) % 50
+        after = model(changed)
+        assert torch.equal(before[:, :t], after[:, :t])
+        assert not torch.equal(before[:, t], after[:, t])
+
+
+def test_the_published_layer_reads_later_tokens():
+    model, ids = small(dispatch="sequence"), torch.randint(50, (1, 40))
+    changed = ids.clone()
+    changed[:, 20] = (changed[:, 20] + 1) % 50
+    assert (model(ids)[:, :20] - model(changed)[:, :20]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("changes", CAUSAL_KINDS, ids=str)
+def test_no_gradient_flows_from_an_output_to_a_later_input(changes):
+    model, ids = small(**changes), torch.randperm(50)[None, :30]
+    for t in (0, 11, 28):
+        model.zero_grad()
+        model(ids)[0, t].square().sum().backward()
+        assert (model.embedding.grad[ids[0, t + 1 :]] == 0).all()
+        assert (model.embedding.grad[ids[0, : t + 1]] != 0).any(-1).all() or model.config.window < t
+
+
+def test_the_published_layer_has_gradients_from_later_inputs():
+    model, ids = small(dispatch="sequence"), torch.randperm(50)[None, :30]
+    model(ids)[0, 11].square().sum().backward()
+    assert (model.embedding.grad[ids[0, 12:]] != 0).any()
+
+
+# --- decoding
+
+
+@pytest.mark.parametrize("changes", CAUSAL_KINDS, ids=str)
+@torch.no_grad()
+def test_prefill_and_steps_are_one_forward_at_every_split(changes):
+    model = small(**changes)
+    for T in range(1, 3 * model.config.window + 1):
+        ids = torch.randint(50, (2, T))
+        whole = model(ids)
+        for split in range(T + 1):  # 0: every token a step of its own; T: prefill only
+            cache = model.new_cache(2, T)
+            parts = [model(ids[:, :split], cache=cache)] if split else []
+            parts += [model(ids[:, t : t + 1], cache=cache) for t in range(split, T)]
+            torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_cache_takes_chunks_of_any_size():
+    model, ids = small(), torch.randint(50, (2, 30))
+    cache = model.new_cache(2, 30)
+    parts = [model(chunk, cache=cache) for chunk in ids.split([7, 1, 2, 13, 7], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(ids), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("changes", CAUSAL_KINDS, ids=str)
+@torch.no_grad()
+def test_a_batch_of_unequal_prompts_is_the_prompts_alone(changes):
+    model = small(**changes)
+    prompts = [torch.randint(50, (n,)) for n in (1, 4, 9)]
+    steps = torch.randint(50, (3, 5))
+    padded = torch.stack([F.pad(prompt, (9 - len(prompt), 0), value=-1) for prompt in prompts])
+    cache = model.new_cache(3, 14)
+    together = torch.cat([model(padded, cache=cache)] + [model(steps[:, t : t + 1], cache=cache) for t in range(5)], 1)
+    for row, prompt in enumerate(prompts):
+        alone = model(torch.cat([prompt, steps[row]])[None])[0]
+        torch.testing.assert_close(together[row, 9 - len(prompt) :], alone, rtol=0, atol=1e-10)
+
+
+def test_a_full_cache_and_a_cache_for_the_published_layer_are_refused():
+    model = small()
+    with pytest.raises(ValueError, match="holds 4 positions, 5"):
+        model(torch.zeros(1, 5, dtype=torch.long), cache=model.new_cache(1, 4))
+    model = small(dispatch="sequence")
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        model(torch.zeros(1, 2, dtype=torch.long), cache=model.new_cache(1, 4))
+
+
+# --- the layer against its definition
+
+
+def plain_soft_moe(layer, x):
+    """SoftMoE.forward for dispatch causal and token, from the formulas: every z built, every expert run, in loops."""
+    B, T, D = x.shape
+    E, P = layer.n_expert, layer.slots
+    W = layer.window
+    unit = lambda v: v / v.norm()
+    y = torch.zeros_like(x)
+    for b in range(B):
+        logits = torch.stack(
+            [torch.stack([layer.scale[0] * unit(x[b, t]) @ unit(layer.phi[:, j]) for j in range(E * P)]) for t in range(T)]
+        )
+        for t in range(T):
+            c = logits[t].exp() / logits[t].exp().sum()
+            for j in range(E * P):
+                past = range(min(W, t + 1))
+                bias = layer.recency[j] if W > 1 else torch.zeros(1, dtype=x.dtype)
+                w = torch.stack([(logits[t - k, j] + bias[k]).exp() for k in past])
+                w = w / w.sum()
+                z = sum(w[k] * x[b, t - k] for k in past)
+                gate, up = layer.w_in[j // P]
+                hidden = F.silu(gate @ z) * (up @ z)
+                if layer.w_out.ndim == 3:
+                    out = hidden @ layer.w_out[j // P]
+                else:
+                    out = F.silu(hidden @ layer.w_out[0, j // P]) * (hidden @ layer.w_out[1, j // P])
+                y[b, t] += E * c[j] * out
+    return y
+
+
+@pytest.mark.parametrize("changes", [kind for kind in CAUSAL_KINDS if "ffn" not in kind], ids=str)
+def test_the_fused_layer_is_its_definition_with_all_gradients(changes):
+    layer = randomized(SoftMoE(replace(SMALL, **changes)).double())
+    x = torch.randn(2, 11, 24, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(x)
+    inputs = [x, *layer.parameters()]
+    fused, plain = layer(x), plain_soft_moe(layer, x)
+    torch.testing.assert_close(fused, plain, rtol=0, atol=1e-12)
+    unused = layer.window == 1  # with W = 1 the softmax over the window is 1, whatever b is
+    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), inputs, allow_unused=unused) for y in (fused, plain))):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@torch.no_grad()
+def test_a_window_of_one_is_token_dispatch():
+    token, causal = (small(dispatch=d, window=w) for d, w in (("token", 4), ("causal", 1)))
+    causal.load_state_dict(token.state_dict() | {k: v for k, v in causal.state_dict().items() if k.endswith("recency")})
+    ids = torch.randint(50, (2, 20))
+    assert torch.equal(causal(ids), token(ids))
+
+
+@pytest.mark.parametrize("expert", ["swiglu", "swiglu2"])
+@torch.no_grad()
+def test_a_window_over_the_whole_text_is_the_published_layer_at_its_end(expert):
+    T = 10
+    causal = randomized(SoftMoE(replace(SMALL, window=T + 3, expert=expert, slots_per_expert=2)).double())
+    published = SoftMoE(replace(SMALL, dispatch="sequence", expert=expert, slots_per_expert=2)).double()
+    causal.recency.zero_()
+    published.load_state_dict({k: v for k, v in causal.state_dict().items() if k != "recency"})
+    x = F.normalize(torch.randn(2, T, 24, dtype=torch.float64), dim=-1)  # the published experts read unit-length inputs
+    torch.testing.assert_close(causal(x)[:, -1], causal.n_expert * published(x)[:, -1], rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_uniform_combine_on_single_tokens_is_the_dense_layer():
+    config = replace(SMALL, dispatch="token")
+    layer, dense = randomized(SoftMoE(config).double()), Dense(config).double()
+    layer.scale.zero_()
+    dense.w_in.copy_(layer.w_in.transpose(0, 1).flatten(1, 2))
+    dense.w_out.copy_(layer.w_out.flatten(0, 1))
+    x = torch.randn(2, 7, 24, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_attention_against_loops():
+    config = replace(SMALL, n_layer=1)
+    layer = randomized(Attention(config).double())
+    from model import rotary_angles
+
+    T, K = 6, 6
+    x = torch.randn(1, T, 24, dtype=torch.float64)
+    got = layer(x, rotary_angles(torch.arange(T)[None], K, config.rope_base, torch.float64))[0]
+    heads = (torch.einsum("td,rkd->trk", x[0], layer.qkv) + layer.qkv_bias).tolist()
+
+    def turned(vector, t):  # half-split rotation as complex multiplication
+        z = torch.complex(torch.tensor(vector[: K // 2]).double(), torch.tensor(vector[K // 2 :]).double())
+        angle = t * torch.tensor([config.rope_base ** (-2 * i / K) for i in range(K // 2)], dtype=torch.float64)
+        z = z * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat([z.real, z.imag])
+
+    rows = []
+    for t in range(T):
+        out = []
+        for h in range(4):
+            q = turned(heads[t][h], t)
+            scores = torch.stack([q @ turned(heads[s][4 + h // 2], s) for s in range(t + 1)]) / math.sqrt(K)
+            out.append(sum(p * torch.tensor(heads[s][6 + h // 2]).double() for s, p in enumerate(scores.softmax(0))))
+        rows.append(layer.out @ torch.cat(out))
+    torch.testing.assert_close(got, torch.stack(rows), rtol=0, atol=1e-5)  # angles are fp32
+
+
+# --- loss
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_chunked_loss_is_the_plain_loss_with_its_gradients(chunk):
+    hidden = torch.randn(3, 9, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(40, 16, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(-1, 40, (3, 9))
+    ours = cross_entropy(hidden, weight, targets, chunk=chunk)
+    plain = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), ignore_index=-1)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(3 * loss, (hidden, weight)) for loss in (ours, plain))):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_the_models_loss_is_that_of_its_logits():
+    model, ids = small(), torch.randint(50, (2, 21))
+    logits = model(ids[:, :-1])
+    plain = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(model(ids[:, :-1], ids[:, 1:]), plain, rtol=0, atol=1e-12)
+
+
+# --- sizes and configuration
+
+
+def test_sizes_of_the_presets():
+    with torch.device("meta"):
+        assert Decoder(replace(PRESETS["steel-1b"], dispatch="sequence")).n_params() == 1_122_922_770
+        assert Decoder(PRESETS["steel-1b"]).n_params() == 1_122_922_770 + 18 * 6 * 4  # b: slots x window, a layer
+        assert 90e6 < Decoder(PRESETS["small"]).n_params() < 110e6
+        soft, dense = (Decoder(replace(PRESETS["steel-1b"], ffn=ffn, dispatch="token")) for ffn in ("soft_moe", "dense"))
+        router = 18 * (1792 * 6 + 1)
+        assert soft.n_params() - router == dense.n_params()
+
+
+def test_the_untrained_model_predicts_nearly_uniformly_and_every_parameter_learns():
+    for changes in (dict(), dict(expert="swiglu2"), dict(dispatch="sequence"), dict(ffn="dense")):
+        model = Decoder(replace(SMALL, **changes))
+        ids = torch.randint(50, (2, 33))
+        assert abs(model(ids[:, :-1], ids[:, 1:]).item() - math.log(50)) < 0.05
+        for _ in range(3):
+            model.zero_grad()
+            model(ids[:, :-1], ids[:, 1:]).backward()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p -= 0.1 * p.grad
+        assert [name for name, p in model.named_parameters() if not p.grad.any()] == []
+
+
+def test_a_wrong_configuration_names_every_problem():
+    with pytest.raises(SystemExit, match="dispatch = 'psychic', expected one of causal, token, sequence; n_layer = 0"):
+        Config(n_layer=0, dispatch="psychic")
+    with pytest.raises(SystemExit, match="d_model = 100 is not a multiple of 2 x n_head = 8"):
+        Config(d_model=100)
+    with pytest.raises(SystemExit, match="n_head = 4 is not a multiple of n_kv_head = 3"):
+        Config(n_kv_head=3)

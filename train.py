@@ -1,0 +1,460 @@
+"""Train a decoder on a prepared folder.
+
+    python train.py                                             # default data, demo model, 10 minutes on a laptop's CPU
+    python train.py --data data/mine --out out/mine --steps 2000
+    python train.py --resume                                    # go on after a stop, with the flags of the run
+    torchrun --nproc_per_node 4 train.py --preset small --data data/mine --steps 20000              # 4 GPUs
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...   # on both nodes
+
+A run leaves out/RUN/metrics.jsonl and checkpoints out/RUN/step-XXXXXXXX. Ctrl-C or SIGTERM finishes the step, saves
+and exits; --resume goes on from there as if nothing had happened.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from eval import evaluate
+from model import CHOICES, PRESETS, Config, Decoder, newest_checkpoint
+from prepare import TokenData, prepare
+from sample import generate
+from tokenizer import load_tokenizer
+
+DEFAULT_DATA = "data/default"
+
+
+def get_args(argv=None, **defaults):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", default=DEFAULT_DATA, help="folder made by prepare.py; the default one is made when missing")
+    add("--out", default="out/demo", help="run directory")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out, with the flags of that run")
+    add("--seed", type=int, default=0, help="of the initialisation and of the order of the data")
+    # How long, how much at a time
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="length of the run and of its schedule")
+    length.add_argument("--minutes", type=float, help="the same as training time; 10 where --steps is not given")
+    add("--micro-batch", type=int, default=8, help="sequences in one forward pass")
+    add("--batch-tokens", type=int, default=2048, help="tokens of a step, over all ranks and micro-batches")
+    # Optimization
+    add("--optimizer", choices=("muon", "adamw"), default="muon", help="for the matrices; AdamW takes the rest")
+    add("--lr", type=float, default=1e-2, help="peak learning rate")
+    add("--adam-scale", type=float, default=1.0, help="embedding lr")
+    add("--weight-decay", type=float, default=0.1, help="of the matrices")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--schedule", choices=("cosine", "wsd"), default="cosine", help="after the warm-up: cosine, or stable and decay; to 0")
+    add("--warmup", type=float, default=0.02, help="share of the run")
+    add("--decay", type=float, default=0.3, help="share of the run in which wsd falls")
+    # Now and then
+    add("--eval-every", type=int, default=250, help="steps; 0: at the end only")
+    add("--eval-tokens", type=int, default=32_768, help="held-out tokens to score along the way")
+    add("--save-every", type=int, default=500, help="steps; 0: at the end only")
+    add("--keep", type=int, default=2, help="newest checkpoints to keep")
+    add("--keep-every", type=int, default=0, help="and those of every so many steps; 0: none")
+    add("--log-every", type=int, default=10, help="steps")
+    # Machine
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; by default where a compiler is found")
+    add("--verify", action="store_true", help="hash every shard before training on it")
+    # Model
+    add("--preset", choices=PRESETS, default="demo", help="the model; any of its fields can be set by a flag of its own")
+    for field in fields(Config):
+        if field.name == "vocab_size":  # follows from the data's tokenizer
+            continue
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        add("--" + field.name.replace("_", "-"), choices=CHOICES.get(field.name), default=argparse.SUPPRESS, **kind)
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    if not args.steps and not args.minutes:
+        args.minutes = 10.0
+    for name, low in (("micro_batch", 1), ("batch_tokens", 1), ("lr", 0), ("log_every", 1), ("keep", 1), ("eval_every", 0),
+                      ("save_every", 0), ("warmup", 0), ("decay", 0), ("eval_tokens", 1), ("clip", 0)):  # fmt: skip
+        if getattr(args, name) < low:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} or more")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Order of the data: a pure function of (seed, step, rank), so there is no loader state to save or to lose
+
+
+def data_order(i, n, seed):
+    """A seeded bijection of [0, n), int or int array -> the same: where the i-th sample of an epoch is found.
+
+    A Feistel network of 6 rounds over the next power of four, walked along its cycle until it lands below n (Black and
+    Rogaway 2002, section 4): O(1) memory at any n up to 2^62, and no permutation to store.
+    """
+    i = np.asarray(i, dtype=np.uint64)
+    if n < 1 or i.size and int(i.max()) >= n:
+        raise ValueError(f"data_order: index outside of [0, {n})")
+    half = np.uint64(max(1, math.ceil(max(1, (n - 1).bit_length()) / 2)))
+    low = np.uint64((1 << int(half)) - 1)
+    digest = hashlib.sha256(f"data order {seed}".encode()).digest()
+    keys = np.frombuffer(digest[:24], dtype=np.uint32).astype(np.uint64)
+
+    def shuffled(x):
+        left, right = x >> half, x & low
+        for key in keys:
+            # One multiplication and two shifts mix the bits well enough (constants of splitmix64).
+            h = (right + key) * np.uint64(0xBF58476D1CE4E5B9)
+            h = (h ^ (h >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ ((h >> np.uint64(32)) & low)
+        return left << half | right
+
+    with np.errstate(over="ignore"):
+        out = shuffled(i)
+        while (outside := out >= n).any():
+            out = np.where(outside, shuffled(out), out)
+    return out.astype(np.int64) if out.ndim else int(out)
+
+
+def batch_at(data, seed, step, batch, first, count):
+    """Samples first .. first + count of a step of `batch` sequences -> ids [count, T + 1]."""
+    samples = range(step * batch + first, step * batch + first + count)
+    n = len(data)
+    return torch.from_numpy(np.stack([data[data_order(g % n, n, f"{seed} epoch {g // n}")] for g in samples]))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Optimizer
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal, for matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+
+    The last two dimensions of a parameter are the matrix, all others count them: experts and heads each get their own.
+    Updates are scaled to the size of AdamW's (arXiv 2502.16982, section 2.2), so that one learning rate serves both.
+    """
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}  # matrices of one shape are made orthogonal in one batch, over all layers
+            for p in group["params"]:
+                by_shape.setdefault(p.shape[-2:], []).append(p)
+            for params in by_shape.values():
+                updates = []
+                for p in params:
+                    if not self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                    momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(momentum, group["momentum"]).flatten(0, -3) if p.ndim > 2 else p.grad.lerp(momentum, group["momentum"])[None])
+                updates = orthogonalized(torch.cat(updates)).split([len(u) for u in updates])
+                rate = group["lr"] * 0.2 * max(params[0].shape[-2:]) ** 0.5
+                for p, update in zip(params, updates):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-rate)
+
+
+def orthogonalized(x, steps=5):
+    """[N, m, n] -> nearly the closest matrices with singular values 1, by a quintic Newton-Schulz iteration."""
+    x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+MATRICES = ("qkv", "out", "w_in", "w_out")
+ROUTER = ("phi", "scale", "recency")  # want a learning rate about 10 times lower (else the combine weights run away)
+
+
+def make_optimizers(model, args):
+    """Every parameter in exactly one group; a group's `scale` multiplies the scheduled learning rate."""
+    groups = {"matrices": [], "router": [], "rest": []}
+    for name, p in model.named_parameters():
+        leaf = name.rpartition(".")[2]
+        groups["matrices" if leaf in MATRICES else "router" if leaf in ROUTER else "rest"].append(p)
+    rest = [
+        {"params": groups["rest"], "scale": args.adam_scale, "weight_decay": 0.0},
+        {"params": groups["router"], "scale": 0.1 * args.adam_scale, "weight_decay": 0.0},
+    ]
+    matrices = {"params": groups["matrices"], "scale": 1.0, "weight_decay": args.weight_decay}
+    adamw = lambda groups: torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr, betas=(0.9, 0.95), fused=True)
+    if args.optimizer == "adamw":
+        return [adamw([matrices, *rest])]
+    return [Muon([matrices], lr=args.lr), adamw(rest)]
+
+
+def lr_factor(progress, schedule, warmup, decay):
+    """Learning rate at a share of the run in [0, 1], as a share of its peak."""
+    if progress < warmup:
+        return progress / warmup
+    if schedule == "wsd":
+        return min(1.0, (1 - progress) / decay) if decay else 1.0
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_checkpoint(run, state, model, optimizers, tokenizer_file, args):
+    """Write run/step-XXXXXXXX under a temporary name, flush it to the disk, rename it; then remove old ones."""
+    final = run / f"step-{state['step']:08d}"
+    temporary = run / f".{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    torch.save(model.state_dict(), temporary / "model.pt")
+    torch.save([optimizer.state_dict() for optimizer in optimizers], temporary / "optimizer.pt")
+    shutil.copyfile(tokenizer_file, temporary / tokenizer_file.name)
+    (temporary / "state.json").write_text(json.dumps(state, indent=1, ensure_ascii=False), encoding="utf-8")
+    hashes = {}
+    for path in sorted(temporary.iterdir()):
+        with open(path, "rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+    with open(temporary / "sha256.json", "w", encoding="utf-8") as file:
+        json.dump(hashes, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    for path in sorted(run.glob("step-*"))[: -args.keep]:
+        if not args.keep_every or int(path.name[5:]) % args.keep_every:
+            shutil.rmtree(path)
+    return final
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Machine
+
+
+def keep_large_buffers():
+    """Tell glibc not to give large buffers back to the kernel after every use: a fifth of a CPU step is page faults."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no mmap for large blocks
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep what is freed
+
+
+def peak_flops(device):
+    """FLOP/s that a matmul reaches on a CPU (measured), bf16 peak of known GPUs (published), else None."""
+    if device == "cpu":
+        a, best = torch.randn(1024, 1024), math.inf
+        for _ in range(5):
+            start = time.perf_counter()
+            a @ a
+            best = min(best, time.perf_counter() - start)
+        return 2 * 1024**3 / best
+    known = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "4090": 165e12}
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    return next((flops for part, flops in known.items() if part in name), None)
+
+
+def choose_device(args):
+    if args.device != "auto":
+        return args.device
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def main():
+    args = get_args()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(args)
+    say = print if rank == 0 else lambda *_, **__: None
+    keep_large_buffers()
+    torch.set_float32_matmul_precision("high")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if world > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
+    # Run directory: a new one, or the newest checkpoint and the flags it was started with
+    run, checkpoint, state = Path(args.out), None, None
+    if args.resume:
+        checkpoint = newest_checkpoint(run)
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        args = get_args(**state["args"])
+    elif any(run.glob("step-*")):
+        raise SystemExit(f"{run} has checkpoints: --resume goes on from them, another --out starts anew")
+
+    # Data
+    if args.data == DEFAULT_DATA and not Path(args.data, "manifest.json").exists() and rank == 0:
+        prepare([], Path(args.data))
+    if world > 1:
+        dist.barrier()
+    tokenizer = load_tokenizer(args.data)
+    given = {field.name: getattr(args, field.name) for field in fields(Config) if hasattr(args, field.name)}
+    config = replace(PRESETS[args.preset], vocab_size=tokenizer.embedding_rows, **given)
+    data, val = (TokenData(args.data, split, config.block_size, args.verify) for split in ("train", "val"))
+    shards = [shard["sha256"]["tokens"] for shard in data.shards]
+
+    # Breakdown of a step
+    T, B = config.block_size, args.micro_batch
+    n_micro, rest = divmod(args.batch_tokens, B * T * world)
+    if rest or not n_micro:
+        raise SystemExit(
+            f"--batch-tokens {args.batch_tokens} is not a multiple of micro-batch x block x ranks = {B} x {T} x {world} = {B * T * world}"
+        )
+    batch = n_micro * B * world  # sequences of a step; rank r takes the r-th equal share of them
+
+    # Model and optimizers
+    torch.manual_seed(args.seed)
+    model = Decoder(config).to(device)
+    optimizers = make_optimizers(model, args)
+    step, tokens, seconds, skipped = 0, 0, 0.0, 0
+    can_compile = device == "cuda" or device == "cpu" and shutil.which(os.environ.get("CXX", "g++"))
+    compiled = bool(can_compile) if args.compile is None else args.compile
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "world": world, "compile": compiled,
+               "device": device, "cpu": platform.machine()}  # fmt: skip
+    if checkpoint:
+        if state["config"] != asdict(config):
+            changed = [f"{k} {v} -> {asdict(config)[k]}" for k, v in state["config"].items() if asdict(config)[k] != v]
+            raise SystemExit(f"--resume: the model is another one than in {checkpoint} ({', '.join(changed)}): use another --out")
+        if state["shards"] != shards:
+            raise SystemExit(f"--resume: the shards of {args.data} are not those that {checkpoint} was trained on")
+        if state["machine"] != machine:
+            say(f"note: was {state['machine']}, is {machine}: goes on, but not to the same bits")
+        model.load_state_dict(torch.load(checkpoint / "model.pt", map_location=device, weights_only=True))
+        for optimizer, saved in zip(optimizers, torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True)):
+            optimizer.load_state_dict(saved)
+        step, tokens, seconds, skipped = (state[key] for key in ("step", "tokens", "seconds", "skipped"))
+    if compiled:
+        for block in model.blocks:  # one block's code serves all: the time to compile does not grow with depth
+            block.compile()
+    params = list(model.parameters())
+    flops, peak = model.flops_per_token(T), peak_flops(device)
+    say("  ".join(f"{k}={v}" for k, v in asdict(config).items()))
+    say("  ".join(f"{k}={v}" for k, v in vars(args).items()))
+    say(f"{model.n_params():,} parameters, {flops / 1e6:.1f} MFLOP a token; {device}, {machine['threads']} threads, compile {compiled}")
+    say(f"a step: {args.batch_tokens:,} tokens = micro-batch {B} x block {T} x {n_micro} micro-batches x {world} ranks")
+    say(f"an epoch: {len(data):,} blocks = {len(data) * T:,} tokens = {len(data) / batch:.1f} steps")
+
+    stop = False
+
+    def request_stop(signum, frame):
+        nonlocal stop
+        stop = True
+
+    signal.signal(signal.SIGINT, request_stop)
+    signal.signal(signal.SIGTERM, request_stop)
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda")
+    run.mkdir(parents=True, exist_ok=True)
+    metrics = open(run / "metrics.jsonl", "a", encoding="utf-8") if rank == 0 else None
+
+    def record(**values):
+        if metrics:
+            metrics.write(json.dumps(values) + "\n")
+            metrics.flush()
+
+    def progress():
+        return min(1.0, step / args.steps if args.steps else seconds / (60 * args.minutes))
+
+    def save():
+        if rank == 0:
+            values = {"step": step, "tokens": tokens, "seconds": seconds, "skipped": skipped, "config": asdict(config),
+                      "args": vars(args) | {"resume": False}, "shards": shards, "machine": machine}  # fmt: skip
+            save_checkpoint(run, values, model, optimizers, tokenizer.path, args)
+
+    # Compiled code would be made anew for every length of text, so what happens now and then runs without it.
+    @torch.compiler.set_stance("force_eager")
+    def score(max_tokens):
+        result = evaluate(model, val, tokenizer.token_bytes, device, max_tokens=max_tokens, rank=rank, world=world)
+        say(f"step {step:>5} | val loss {result['loss']:.4f} | val bpb {result['bpb']:.4f} | {result['tokens']:,} tokens")
+        record(step=step, val_loss=result["loss"], val_bpb=result["bpb"])
+        return result
+
+    @torch.compiler.set_stance("force_eager")
+    def show_sample():
+        if rank == 0:
+            start = val[0][:8].tolist()
+            generator = torch.Generator(device).manual_seed(step)
+            new = generate(model, torch.tensor([start], device=device), 64, tokenizer.vocab_size, 0.8, 0, 0.95, generator)
+            text = tokenizer.decode(start) + " | " + tokenizer.decode([i.item() for i in new])
+            print("    " + text.replace("\n", " "))
+
+    token_bytes = sum(s["bytes"] for s in data.shards) / sum(s["tokens"] for s in data.shards)  # for the log's bpb
+    last_saved = step if checkpoint else None
+    while progress() < 1 and not stop:
+        start = time.perf_counter()
+        factor = lr_factor(progress(), args.schedule, args.warmup, args.decay) if step else 0.0
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * group["scale"] * factor
+        loss = torch.zeros((), device=device)
+        for micro in range(n_micro):
+            ids = batch_at(data, args.seed, step, batch, (rank * n_micro + micro) * B, B).to(device, non_blocking=True)
+            with autocast:
+                micro_loss = model(ids[:, :-1], ids[:, 1:]) / (n_micro * world)
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        if world > 1:
+            # Gradients are summed one by one in a fixed order, not in DDP's buckets, which it rearranges after the first
+            # step: with them a resumed run would not add up to the same bits.
+            for work in [dist.all_reduce(p.grad, async_op=True) for p in params] + [dist.all_reduce(loss, async_op=True)]:
+                work.wait()
+        norm = torch.nn.utils.clip_grad_norm_(params, args.clip or math.inf)
+        if math.isfinite(norm):
+            for optimizer in optimizers:
+                optimizer.step()
+        else:
+            skipped += 1
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        took = time.perf_counter() - start
+        if world > 1:  # all ranks must agree on the clock and on stopping
+            agreed = torch.tensor([took if rank == 0 else 0.0, float(stop)], dtype=torch.float64, device=device)
+            dist.all_reduce(agreed)
+            took, stop = agreed[0].item(), agreed[1].item() > 0
+        step, tokens, seconds = step + 1, tokens + args.batch_tokens, seconds + took
+
+        if step % args.log_every == 0 or step == 1:
+            done = progress()
+            mfu = f" | mfu {100 * flops * args.batch_tokens / took / (peak * world):3.0f}%" if peak else ""
+            loss_value, eta = loss.item(), seconds / done - seconds
+            bpb = loss_value / math.log(2) / token_bytes
+            total = args.steps or int(step / done)
+            say(f"step {step:>5}/{total:<5} {100 * done:5.1f}% | loss {loss_value:.4f} | bpb {bpb:.3f} | lr {args.lr * factor:.1e} | "
+                f"norm {norm.item():.2f} | {1000 * took:4.0f} ms | {args.batch_tokens / took / 1000:.2f}k tok/s{mfu} | eta {eta / 60:.0f}m"
+                + (f" | skipped {skipped}" if skipped else ""))  # fmt: skip
+            record(step=step, loss=loss_value, bpb=bpb, lr=args.lr * factor, norm=norm.item(), ms=1000 * took,
+                   tokens_per_second=args.batch_tokens / took, tokens=tokens, seconds=seconds, skipped=skipped)  # fmt: skip
+        if args.save_every and step % args.save_every == 0:
+            save()
+            last_saved = step
+        if args.eval_every and step % args.eval_every == 0 and progress() < 1 and not stop:
+            score(args.eval_tokens)
+            show_sample()
+
+    if last_saved != step:
+        save()
+    if stop:
+        say(f"stopped at step {step}; python train.py --resume --out {run} goes on")
+    else:
+        result = score(None or 1 << 20)
+        show_sample()
+        say(f"done: step {step}, val loss {result['loss']:.4f}, val bpb {result['bpb']:.4f}, tokens {tokens}, {seconds:.0f} s")
+        say(f"next: python sample.py {run}    python eval.py {run}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
