@@ -42,24 +42,25 @@ def evaluate(model, blocks, token_bytes, device="cpu", batch_tokens=4096, max_to
     """
     T = len(blocks[0]) - 1
     chosen = np.linspace(0, len(blocks) - 1, num=min(len(blocks), max(1, max_tokens // T)), dtype=np.int64)[rank::world]
-    byte_lengths = torch.tensor([len(b) for b in token_bytes], device=device)
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
+    byte_lengths = np.array([len(b) for b in token_bytes])
+    nats, tokens, text_bytes = 0.0, 0, 0
     batch = max(1, batch_tokens // T)
     training = model.training
     model.eval()
     for start in range(0, len(chosen), batch):
-        ids = torch.from_numpy(np.stack([blocks[i] for i in chosen[start : start + batch]])).to(device)
-        inputs, targets = ids[:, :-1].clamp(min=0), ids[:, 1:]
-        counted = targets[targets >= 0]
+        ids = np.stack([blocks[i] for i in chosen[start : start + batch]])
+        counted = ids[:, 1:][ids[:, 1:] >= 0]
+        ids = torch.from_numpy(ids).to(device)
         with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
-            nats = model(inputs, targets).double() * len(counted)
-        sums += torch.stack([nats, nats.new_tensor(len(counted)), byte_lengths[counted].sum().double()])
+            nats += model(ids[:, :-1], ids[:, 1:]).item() * len(counted)
+        tokens += len(counted)
+        text_bytes += int(byte_lengths[counted].sum())
     model.train(training)
     if world > 1:
+        sums = torch.tensor([nats, tokens, text_bytes], dtype=torch.float64, device=device)
         torch.distributed.all_reduce(sums)
-    nats, tokens, text_bytes = sums.tolist()
-    loss = nats / tokens
-    bpb = nats / math.log(2) / max(text_bytes, 1)
+        nats, tokens, text_bytes = sums.tolist()
+    loss, bpb = nats / tokens, nats / math.log(2) / max(text_bytes, 1)
     return {"loss": loss, "perplexity": math.exp(loss), "bpb": bpb, "tokens": int(tokens)}
 
 

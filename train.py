@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from eval import evaluate
+from eval import MAX_TOKENS, evaluate
 from model import CHOICES, PRESETS, Config, Decoder, newest_checkpoint
 from prepare import TokenData, prepare
 from sample import generate
@@ -60,7 +60,7 @@ def get_args(argv=None, **defaults):
     add("--weight-decay", type=float, default=0.1, help="of the matrices")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--schedule", choices=("cosine", "wsd"), default="cosine", help="after the warm-up: cosine, or stable and decay; to 0")
-    add("--warmup", type=float, default=0.02, help="share of the run")
+    add("--warmup", type=int, default=50, help="steps from 0 to the peak")
     add("--decay", type=float, default=0.3, help="share of the run in which wsd falls")
     # Now and then
     add("--eval-every", type=int, default=250, help="steps; 0: at the end only")
@@ -158,7 +158,8 @@ class Muon(torch.optim.Optimizer):
                     if not self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
                     momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(momentum, group["momentum"]).flatten(0, -3) if p.ndim > 2 else p.grad.lerp(momentum, group["momentum"])[None])
+                    nesterov = p.grad.lerp(momentum, group["momentum"])
+                    updates.append(nesterov.view(-1, *p.shape[-2:]))
                 updates = orthogonalized(torch.cat(updates)).split([len(u) for u in updates])
                 rate = group["lr"] * 0.2 * max(params[0].shape[-2:]) ** 0.5
                 for p, update in zip(params, updates):
@@ -198,13 +199,12 @@ def make_optimizers(model, args):
     return [Muon([matrices], lr=args.lr), adamw(rest)]
 
 
-def lr_factor(progress, schedule, warmup, decay):
-    """Learning rate at a share of the run in [0, 1], as a share of its peak."""
-    if progress < warmup:
-        return progress / warmup
-    if schedule == "wsd":
-        return min(1.0, (1 - progress) / decay) if decay else 1.0
-    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+def lr_factor(step, progress, args):
+    """Share of the peak learning rate at a step, 0 the first, and at a share of the run in [0, 1]."""
+    warm = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
+    if args.schedule == "wsd":
+        return min(warm, (1 - progress) / args.decay) if args.decay else warm
+    return warm * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -394,7 +394,7 @@ def main():
     last_saved = step if checkpoint else None
     while progress() < 1 and not stop:
         start = time.perf_counter()
-        factor = lr_factor(progress(), args.schedule, args.warmup, args.decay) if step else 0.0
+        factor = lr_factor(step, progress(), args)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * group["scale"] * factor
@@ -448,7 +448,7 @@ def main():
     if stop:
         say(f"stopped at step {step}; python train.py --resume --out {run} goes on")
     else:
-        result = score(None or 1 << 20)
+        result = score(MAX_TOKENS)
         show_sample()
         say(f"done: step {step}, val loss {result['loss']:.4f}, val bpb {result['bpb']:.4f}, tokens {tokens}, {seconds:.0f} s")
         say(f"next: python sample.py {run}    python eval.py {run}")
