@@ -1,0 +1,275 @@
+"""Training: the order of the data, the optimizer, resume, two processes, checkpoints; by the commands where it matters."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, python, refused, torchrun
+
+from model import Config, Decoder, checkpoint_problem
+from prepare import TokenData
+from train import batch_at, data_order, get_args, lr_factor, make_optimizers, orthogonalized
+
+# --- order of the data
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 1000, 4097, 65_536])
+def test_data_order_is_a_bijection(n):
+    order = data_order(np.arange(n), n, seed=3)
+    assert np.array_equal(np.sort(order), np.arange(n))
+    assert [data_order(i, n, 3) for i in range(min(n, 20))] == order[:20].tolist()
+    if n >= 1000:
+        assert not np.array_equal(order, data_order(np.arange(n), n, seed=4))
+        # As scattered as a random permutation: neighbours are n/3 apart on average (standard error 0.24 n / sqrt(n)).
+        assert abs(np.abs(np.diff(order)).mean() / n - 1 / 3) < 5 * 0.24 / n**0.5
+
+
+def test_data_order_at_sizes_that_no_permutation_could_be_stored_for():
+    n = 10**15 + 37
+    order = data_order(np.arange(100_000), n, seed=0)
+    assert order.min() >= 0 and order.max() < n and len(set(order.tolist())) == 100_000
+    with pytest.raises(ValueError, match="outside"):
+        data_order(5, 5, 0)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_an_epoch_serves_every_block_once_at_any_world_size(world):
+    blocks = [np.full(3, i) for i in range(100)]  # what batch_at needs of TokenData: len() and [i]
+    batch, share = 12, 12 // world
+    steps = [[batch_at(blocks, 7, step, batch, rank * share, share)[:, 0].tolist() for rank in range(world)] for step in range(25)]
+    served = [i for step in steps for rank in step for i in rank]
+    assert len(served) == 300
+    for epoch in range(3):
+        assert Counter(served[epoch * 100 : epoch * 100 + 100]) == Counter(range(100))
+    assert served[:100] != served[100:200]  # epochs differ
+    one = [batch_at(blocks, 7, step, batch, 0, batch)[:, 0].tolist() for step in range(25)]
+    assert served == [i for step in one for i in step]  # and the steps are the same at any world size
+
+
+# --- optimizer
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 16), (16, 5)])
+def test_orthogonalization_maps_singular_values_by_its_polynomial(shape):
+    x = torch.randn(3, *shape)
+    got = orthogonalized(x)
+    U, s, Vt = np.linalg.svd(x.double().numpy(), full_matrices=False)
+    s = s / np.sqrt((s**2).sum(-1, keepdims=True))
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    np.testing.assert_allclose(got.numpy(), (U * s[:, None, :]) @ Vt, atol=2e-4)
+    assert (abs(s - 1) < 0.35).mean() > 0.8
+
+
+def test_every_parameter_is_in_one_group_and_matrices_learn_by_muon():
+    model = Decoder(Config(n_layer=2, d_model=32, vocab_size=64))
+    for name in ("muon", "adamw"):
+        optimizers = make_optimizers(model, get_args(["--optimizer", name]))
+        grouped = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        assert len(grouped) == len({id(p) for p in grouped}) == len(list(model.parameters()))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizers = make_optimizers(model, get_args([]))
+    ids = torch.randint(64, (2, 17))
+    for _ in range(3):
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_muon_step_against_its_formula():
+    p = torch.nn.Parameter(torch.randn(2, 6, 4))
+    start, grads = p.detach().clone(), torch.randn(2, 2, 6, 4)
+    from train import Muon
+
+    optimizer = Muon([p], lr=0.1, momentum=0.9, weight_decay=0.5)
+    momentum, expected = torch.zeros(2, 6, 4), start
+    for grad in grads:
+        p.grad = grad.clone()
+        optimizer.step()
+        momentum = 0.9 * momentum + 0.1 * grad
+        update = torch.stack([orthogonalized(m[None])[0] for m in 0.1 * grad + 0.9 * momentum])
+        expected = expected * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 6**0.5 * update
+    torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-5)
+
+
+def test_learning_rate():
+    args = SimpleNamespace(warmup=10, schedule="cosine", decay=0.2)
+    assert [lr_factor(step, 0.0, args) for step in (0, 4, 9, 10)] == [0.1, 0.5, 1.0, 1.0]
+    assert lr_factor(100, 0.5, args) == pytest.approx(0.5) and lr_factor(100, 1.0, args) == 0
+    args.schedule = "wsd"
+    assert [lr_factor(100, p, args) for p in (0.1, 0.8, 0.9, 1.0)] == pytest.approx([1, 1, 0.5, 0])
+
+
+# --- runs
+
+
+def train(data, out, *flags, **kwargs):
+    return python("train.py", "--data", data, "--out", out, *TINY, *flags, **kwargs)
+
+
+def weights(run, step):
+    """sha256 over the model's and the optimizer's tensors of a checkpoint, read without the code under test."""
+    path = run / f"step-{step:08d}"
+    model = torch.load(path / "model.pt", weights_only=True)
+    optimizers = torch.load(path / "optimizer.pt", weights_only=True)
+    digest = hashlib.sha256()
+    for name, tensor in model.items():
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    for optimizer in optimizers:
+        for state in optimizer["state"].values():
+            for tensor in state.values():
+                digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def whole(default_data, tmp_path_factory):
+    """A run of 8 steps without a break, and what it printed."""
+    out = tmp_path_factory.mktemp("whole")
+    result = train(default_data, out, "--steps", 8, "--save-every", 4, "--eval-every", 4)
+    return SimpleNamespace(out=out, stdout=result.stdout)
+
+
+def test_the_log_says_what_the_file_says(whole):
+    lines = [json.loads(line) for line in (whole.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    assert [line["tokens"] for line in steps] == [256 * step for step in range(1, 9)]
+    for line in steps:
+        assert f"| loss {line['loss']:.4f} | bpb {line['bpb']:.3f} | lr {line['lr']:.1e} | norm {line['norm']:.2f} |" in whole.stdout
+    final = [line for line in lines if "val_loss" in line][-1]
+    assert f"done: step 8, val loss {final['val_loss']:.4f}, val bpb {final['val_bpb']:.4f}, tokens 2048," in whole.stdout
+    assert "a step: 256 tokens = micro-batch 2 x block 32 x 4 micro-batches x 1 ranks" in whole.stdout
+    assert f"next: python sample.py {whole.out}    python eval.py {whole.out}" in whole.stdout
+
+
+def test_the_first_logged_loss_is_that_of_the_untrained_model_on_the_first_batch(whole, default_data):
+    state = json.loads((whole.out / "step-00000004" / "state.json").read_text(encoding="utf-8"))
+    torch.manual_seed(0)
+    model, data = Decoder(Config(**state["config"])), TokenData(default_data, "train", 32)
+    ids = batch_at(data, 0, 0, 8, 0, 8)
+    assert losses(whole.out)[0] == pytest.approx(model(ids[:, :-1], ids[:, 1:]).item(), abs=1e-5)
+
+
+def test_steps_and_resume_and_steps_are_the_same_bits(whole, default_data, tmp_path):
+    """A run killed with SIGKILL after its checkpoint at step 4, resumed, ends as the unbroken run did."""
+    process = subprocess.Popen(
+        [sys.executable, "train.py", "--data", default_data, "--out", tmp_path / "run", *TINY, "--steps", "8",
+         "--save-every", "4", "--eval-every", "4", "--eval-tokens", "1000000"], cwd=ROOT, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not (tmp_path / "run" / "step-00000004").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "run" / "step-00000008").exists()
+    python("train.py", "--resume", "--out", tmp_path / "run")
+    assert weights(tmp_path / "run", 8) == weights(whole.out, 8)
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_with_0(default_data, tmp_path, whole):
+    process = subprocess.Popen(
+        [sys.executable, "train.py", "--data", default_data, "--out", tmp_path, *TINY, "--steps", "1000000"],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8",
+    )  # fmt: skip
+    while not process.stdout.readline().startswith("step     5/"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+    step = int(output.split("stopped at step ")[1].split(";")[0])
+    assert step >= 5 and checkpoint_problem(tmp_path / f"step-{step:08d}") is None
+
+
+def test_two_processes_give_the_loss_of_one(whole, default_data, tmp_path):
+    torchrun(2, "train.py", "--data", default_data, "--out", tmp_path, *TINY, "--steps", 8)
+    assert losses(tmp_path) == pytest.approx(losses(whole.out), abs=1e-5)
+    one, two = (torch.load(run / "step-00000008" / "model.pt", weights_only=True) for run in (whole.out, tmp_path))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4)
+
+
+def test_compiled_training_gives_the_loss_of_eager(whole, default_data, tmp_path):
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler")
+    flags = [flag for flag in TINY if flag != "--no-compile"]
+    python("train.py", "--data", default_data, "--out", tmp_path, *flags, "--compile", "--steps", 8)
+    assert losses(tmp_path) == pytest.approx(losses(whole.out), abs=1e-4)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(whole, default_data, tmp_path):
+    for name in ("model.pt", "optimizer.pt", "state.json", "sha256.json"):
+        run = tmp_path / name
+        shutil.copytree(whole.out, run)
+        path = run / "step-00000008" / name
+        path.write_bytes(path.read_bytes()[:-5])
+        result = python("train.py", "--resume", "--out", run)
+        assert f"passed over {run / 'step-00000008'}: {name} is damaged" in result.stderr
+        assert weights(run, 8) == weights(whole.out, 8)  # from step 4 again
+    shutil.copytree(whole.out, tmp_path / "none")
+    for step in (4, 8):
+        (tmp_path / "none" / f"step-{step:08d}" / "model.pt").unlink()
+    refused(python("train.py", "--resume", "--out", tmp_path / "none", ok=False), "no whole checkpoint in", "none")
+
+
+def test_a_pickle_in_the_place_of_weights_is_not_run(whole, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    path = tmp_path / "step-00000008"
+    shutil.copytree(whole.out / "step-00000008", path)
+    torch.save({"embedding": Bomb()}, path / "model.pt")
+    hashes = json.loads((path / "sha256.json").read_text())
+    hashes["model.pt"] = hashlib.sha256((path / "model.pt").read_bytes()).hexdigest()
+    (path / "sha256.json").write_text(json.dumps(hashes))
+    assert python("sample.py", path, ok=False).returncode != 0
+    assert not (tmp_path / "executed").exists()
+
+
+def test_old_checkpoints_go_and_those_of_keep_every_stay(default_data, tmp_path):
+    train(default_data, tmp_path, "--steps", 7, "--save-every", 1, "--keep", 2, "--keep-every", 3, "--eval-every", 0)
+    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", *(f"step-{s:08d}" for s in (3, 6, 7))]
+
+
+def test_bad_flags_get_one_line(whole, default_data, tmp_path):
+    bad = lambda *flags: train(default_data, tmp_path / "run", *flags, ok=False)
+    refused(bad("--batch-tokens", 100), "--batch-tokens 100 is not a multiple of micro-batch x block x ranks = 2 x 32 x 1 = 64")
+    refused(bad("--dispatch", "psychic"), "--dispatch: invalid choice: 'psychic'")
+    refused(bad("--n-head", 5), "d_model = 32 is not a multiple of 2 x n_head = 10")
+    refused(bad("--learning-rate", 1), "unrecognized arguments: --learning-rate")
+    refused(bad("--lr", -1), "--lr -1.0: expected 0 or more")
+    refused(bad("--steps", 5, "--minutes", 1), "not allowed with argument")
+    refused(bad("--resume"), "no checkpoint in", "run")
+    refused(python("train.py", "--data", tmp_path / "none", ok=False), "no tokenizer", "none")
+    refused(train(default_data, whole.out, ok=False), "has checkpoints: --resume goes on from them")
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_refuses_another_model_and_other_data(whole, default_data, tmp_path):
+    shutil.copytree(whole.out, tmp_path / "run")
+    result = python("train.py", "--resume", "--out", tmp_path / "run", "--n-layer", 3, ok=False)
+    refused(result, "the model is another one", "n_layer 2 -> 3")
+    shutil.copytree(default_data, tmp_path / "data")
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text(encoding="utf-8"))
+    manifest["shards"] = manifest["shards"][2:]
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    result = python("train.py", "--resume", "--out", tmp_path / "run", "--data", tmp_path / "data", ok=False)
+    refused(result, "are not those that", "step-00000008 was trained on")
