@@ -35,11 +35,11 @@ CHOICES = {
 @dataclass(frozen=True)
 class Config:
     n_layer: int = 4
-    d_model: int = 192
+    d_model: int = 128
     n_head: int = 4
     n_kv_head: int = 4
     vocab_size: int = 8192
-    block_size: int = 256  # the longest text the model is trained on, in tokens
+    block_size: int = 128  # the longest text the model is trained on, in tokens
     ffn: str = "soft_moe"  # or dense: one SwiGLU with as many parameters as all experts together
     dispatch: str = "causal"  # what a slot reads: causal: the last `window` tokens; token: one; sequence: all (leaks)
     window: int = 4

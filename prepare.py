@@ -5,7 +5,8 @@
     python prepare.py my.jsonl --out data/mine --tokenizer qwen  # with Qwen's vocabulary instead of one's own
 
 A .txt file is cut at line ends into documents of about 2,000 characters; a row of the other kinds is a document, its
-text the field "text" or "content". One document in twenty, chosen by its hash, is held out as the split `val`.
+text the field "text" or "content". One document in twenty, chosen by its hash, is held out as the split `val`
+(of a small source where chance chose none, the first).
 
 data/NAME/ then holds the tokenizer, manifest.json, and for each shard NAME.tokens.npy (ids; every document ends with
 eos) and NAME.ends.npy (where the documents end). Everything is written under a temporary name and renamed; the
@@ -346,15 +347,18 @@ def prepare(inputs, out, tokenizer="sp", vocab_size=8192):
     with tqdm(unit=" documents", desc="tokenising", disable=None) as bar:
         for source, name, sha256, documents in parts:
             number = numbers[source] = numbers.get(source, -1) + 1
-            ids, text_bytes = {"train": [], "val": []}, {"train": 0, "val": 0}
+            kept = {"train": [], "val": []}  # (ids, bytes of text) of each document
             for text, split in ledger.cleaned(source, documents()):
-                ids[split].append(np.array([*encoder.encode(text), encoder.eos_id], dtype=np.uint32))
-                text_bytes[split] += len(text.encode("utf-8", errors="replace"))
+                ids = np.array([*encoder.encode(text), encoder.eos_id], dtype=np.uint32)
+                kept[split].append((ids, len(text.encode("utf-8", errors="replace"))))
                 bar.update()
-            for split in ids:
-                if ids[split]:
-                    shard = write_shard(out, f"{source}-{number:05d}-{split}", ids[split], encoder.vocab_size)
-                    shards.append({"split": split, "source": source, "bytes": text_bytes[split], **shard,
+            if number == 0 and not kept["val"] and len(kept["train"]) > 1:  # a small source: chance held nothing out
+                kept["val"].append(kept["train"].pop(0))
+                ledger.sources[source]["val"] += 1
+            for split, pairs in kept.items():
+                if pairs:
+                    shard = write_shard(out, f"{source}-{number:05d}-{split}", [ids for ids, _ in pairs], encoder.vocab_size)
+                    shards.append({"split": split, "source": source, "bytes": sum(size for _, size in pairs), **shard,
                                    "input": {"name": name, "sha256": sha256}})  # fmt: skip
     manifest = {
         "tokenizer": {"kind": type(encoder).__name__, "file": encoder.path.name, "vocab_size": encoder.vocab_size,

@@ -120,25 +120,23 @@ def main():
     generator = torch.Generator(args.device).manual_seed(args.seed)
     for _ in range(args.num_samples):
         print(f"--- {path}\n{text}", end="", flush=True)
-        count, start = 0, time.perf_counter()
+        start, count = time.perf_counter(), 0
 
         def new_ids():
             nonlocal count
-            ids = torch.tensor([prompt], device=args.device)
             for new in generate(
-                model, ids, args.max_new_tokens, tokenizer.vocab_size, args.temperature, args.top_k, args.top_p, generator
-            ):
+                model, torch.tensor([prompt], device=args.device), args.max_new_tokens, tokenizer.vocab_size,
+                args.temperature, args.top_k, args.top_p, generator,
+            ):  # fmt: skip
                 count += 1
                 yield new.item()
 
         for piece in tokenizer.stream(until(new_ids(), {tokenizer.eos_id, tokenizer.chat_end_id})):
             print(piece, end="", flush=True)
         print(flush=True)
-        seconds = time.perf_counter() - start
-        full = len(prompt) + count > model.config.block_size
-        print(
-            f"({count} tokens, {count / seconds:.0f} tok/s{'; the context is full' if full else ''})", file=sys.stderr
-        )
+        speed = count / (time.perf_counter() - start)
+        full = "; the context is full" if len(prompt) + count > model.config.block_size else ""
+        print(f"({count} tokens, {speed:.0f} tok/s{full})", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -52,16 +52,15 @@ def get_args(argv=None, **defaults):
     length.add_argument("--steps", type=int, help="length of the run and of its schedule")
     length.add_argument("--minutes", type=float, help="the same as training time; 10 where --steps is not given")
     add("--micro-batch", type=int, default=8, help="sequences in one forward pass")
-    add("--batch-tokens", type=int, default=2048, help="tokens of a step, over all ranks and micro-batches")
+    add("--batch-tokens", type=int, default=1024, help="tokens of a step, over all ranks and micro-batches")
     # Optimization
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="for the matrices; AdamW takes the rest")
-    add("--lr", type=float, default=1e-2, help="peak learning rate")
-    add("--adam-scale", type=float, default=1.0, help="embedding lr")
+    add("--lr", type=float, default=6e-3, help="peak learning rate")
     add("--weight-decay", type=float, default=0.1, help="of the matrices")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--schedule", choices=("cosine", "wsd"), default="cosine", help="after the warm-up: cosine, or stable and decay; to 0")
+    add("--schedule", choices=("cosine", "wsd"), default="wsd", help="after the warm-up: cosine, or stable and linear decay; to 0")
     add("--warmup", type=int, default=50, help="steps from 0 to the peak")
-    add("--decay", type=float, default=0.3, help="share of the run in which wsd falls")
+    add("--decay", type=float, default=0.8, help="share of the run in which wsd falls")
     # Now and then
     add("--eval-every", type=int, default=250, help="steps; 0: at the end only")
     add("--eval-tokens", type=int, default=32_768, help="held-out tokens to score along the way")
@@ -179,7 +178,10 @@ def orthogonalized(x, steps=5):
 
 
 MATRICES = ("qkv", "out", "w_in", "w_out")
-ROUTER = ("phi", "scale", "recency")  # want a learning rate about 10 times lower (else the combine weights run away)
+ROUTER = ("phi", "scale", "recency")
+# Learning rates of what AdamW takes, as multiples of --lr. An embedding row sees few tokens and wants large steps; a router
+# wants small ones, or the combine weights harden before the experts have learnt anything.
+REST_RATE, ROUTER_RATE = 12.0, 0.5
 
 
 def make_optimizers(model, args):
@@ -189,14 +191,13 @@ def make_optimizers(model, args):
         leaf = name.rpartition(".")[2]
         groups["matrices" if leaf in MATRICES else "router" if leaf in ROUTER else "rest"].append(p)
     rest = [
-        {"params": groups["rest"], "scale": args.adam_scale, "weight_decay": 0.0},
-        {"params": groups["router"], "scale": 0.1 * args.adam_scale, "weight_decay": 0.0},
+        {"params": groups["rest"], "scale": REST_RATE, "weight_decay": 0.0},
+        {"params": groups["router"], "scale": ROUTER_RATE, "weight_decay": 0.0},
     ]
     matrices = {"params": groups["matrices"], "scale": 1.0, "weight_decay": args.weight_decay}
-    adamw = lambda groups: torch.optim.AdamW([g for g in groups if g["params"]], lr=args.lr, betas=(0.9, 0.95), fused=True)
-    if args.optimizer == "adamw":
-        return [adamw([matrices, *rest])]
-    return [Muon([matrices], lr=args.lr), adamw(rest)]
+    adamw_groups = rest if args.optimizer == "muon" else [matrices, *rest]
+    adamw = torch.optim.AdamW([g for g in adamw_groups if g["params"]], lr=args.lr, betas=(0.9, 0.95), fused=True)
+    return [Muon([matrices], lr=args.lr), adamw] if args.optimizer == "muon" else [adamw]
 
 
 def lr_factor(step, progress, args):
@@ -390,7 +391,7 @@ def main():
             text = tokenizer.decode(start) + " | " + tokenizer.decode([i.item() for i in new])
             print("    " + text.replace("\n", " "))
 
-    token_bytes = sum(s["bytes"] for s in data.shards) / sum(s["tokens"] for s in data.shards)  # for the log's bpb
+    bytes_per_token = sum(s["bytes"] for s in data.shards) / sum(s["tokens"] for s in data.shards)
     last_saved = step if checkpoint else None
     while progress() < 1 and not stop:
         start = time.perf_counter()
@@ -429,7 +430,7 @@ def main():
             done = progress()
             mfu = f" | mfu {100 * flops * args.batch_tokens / took / (peak * world):3.0f}%" if peak else ""
             loss_value, eta = loss.item(), seconds / done - seconds
-            bpb = loss_value / math.log(2) / token_bytes
+            bpb = loss_value / math.log(2) / bytes_per_token
             total = args.steps or int(step / done)
             say(f"step {step:>5}/{total:<5} {100 * done:5.1f}% | loss {loss_value:.4f} | bpb {bpb:.3f} | lr {args.lr * factor:.1e} | "
                 f"norm {norm.item():.2f} | {1000 * took:4.0f} ms | {args.batch_tokens / took / 1000:.2f}k tok/s{mfu} | eta {eta / 60:.0f}m"

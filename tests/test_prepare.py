@@ -66,6 +66,14 @@ def test_a_long_text_file_is_cut_at_line_ends_and_loses_nothing(tmp_path):
     assert max(map(len, both)) < 2000 + max(map(len, lines)) + 2
 
 
+def test_a_small_source_has_something_held_out_too(tmp_path):
+    chosen = [t for t in DOCUMENTS if int.from_bytes(hashlib.sha256(t.encode("utf-8")).digest()[:8], "big") % 20][:9]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in chosen), encoding="utf-8")
+    python("prepare.py", tmp_path / "a.jsonl", "--out", tmp_path / "out", *SMALL)
+    texts, manifest = kept_texts(tmp_path / "out")
+    assert texts == {"train": chosen[1:], "val": chosen[:1]} and manifest["ledger"]["a"]["val"] == 1
+
+
 def test_default_data(default_data):
     texts, manifest = kept_texts(default_data)
     ledger = manifest["ledger"]
