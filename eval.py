@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import Decoder, newest_checkpoint
-from prepare import TokenData
+from model import Decoder, choose_device
+from prepare import TokenData, file_sha256
 from tokenizer import load_tokenizer
 
 MAX_TOKENS = 1 << 20  # enough for bits per byte to be sure in the third decimal
@@ -27,9 +27,10 @@ MAX_TOKENS = 1 << 20  # enough for bits per byte to be sure in the third decimal
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("checkpoints", nargs="*", default=["out"], metavar="CHECKPOINT", help="step or run directories")
-    parser.add_argument("--data", help="a prepared folder, instead of the one the checkpoint was trained on")
-    parser.add_argument("--text", help="a UTF-8 file to score instead")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    scored = parser.add_mutually_exclusive_group()
+    scored.add_argument("--data", help="a prepared folder, instead of the one the checkpoint was trained on")
+    scored.add_argument("--text", help="a UTF-8 file to score instead")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     return parser.parse_args(argv)
 
 
@@ -82,18 +83,22 @@ def text_blocks(path, tokenizer, T):
 
 def main():
     args = get_args()
+    device = choose_device(args.device)
     print(f"{'checkpoint':<32}{'loss':>9}{'perplexity':>12}{'bpb':>9}{'tokens':>11}")
     for given in args.checkpoints:
-        path = newest_checkpoint(given)
-        model, tokenizer = Decoder.load(path).to(args.device), load_tokenizer(path)
-        T = model.config.block_size
+        model = Decoder.load(given).to(device)
+        path, config, tokenizer = model.checkpoint, model.config, load_tokenizer(model.checkpoint)
         if args.text:
-            blocks = text_blocks(args.text, tokenizer, T)
+            blocks = text_blocks(args.text, tokenizer, config.block_size)
         else:
-            trained_on = json.loads((path / "state.json").read_text(encoding="utf-8"))["args"]["data"]
-            blocks = TokenData(args.data or trained_on, "val", T)
-        result = evaluate(model, blocks, tokenizer.token_bytes, args.device)
-        print(f"{str(path):<32}{result['loss']:>9.4f}{result['perplexity']:>12.2f}{result['bpb']:>9.4f}{result['tokens']:>11,}")
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            blocks = TokenData(args.data or state["args"]["data"], "val", config.block_size)
+            if blocks.manifest["tokenizer"]["sha256"] != file_sha256(tokenizer.path):
+                raise SystemExit(f"{blocks.path} was prepared with another tokenizer than {path}: score its text with --text")
+        result = evaluate(model, blocks, tokenizer.token_bytes, device)
+        leaky = "  leaky: it reads what it predicts" if config.ffn == "soft_moe" and config.dispatch == "sequence" else ""
+        print(f"{str(path):<32}{result['loss']:>9.4f}{result['perplexity']:>12.2f}{result['bpb']:>9.4f}"
+              f"{result['tokens']:>11,}{leaky}")  # fmt: skip
 
 
 if __name__ == "__main__":

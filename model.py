@@ -14,6 +14,7 @@ Shapes: B batch, T time, D width (d_model), H heads, G key/value heads, K head d
 import hashlib
 import json
 import math
+import pickle
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -196,7 +197,7 @@ class SoftMoE(nn.Module):
     y_t     = E * sum over j of softmax_j(l[t])_j * expert(j)(z[t, j])
 
     The first layer of an expert is linear, so it is applied to x once, and the window is mixed behind it: the same
-    function, without a [B, T, S, D] tensor. dispatch = "token" is W = 1. dispatch = "sequence" is the layer as
+    function, and no x is ever mixed. dispatch = "token" is W = 1. dispatch = "sequence" is the layer as
     published and as Steel-LLM (arXiv 2502.06635) released it: w is a softmax over all tokens, later ones included,
     the experts get x / |x|, and there is no factor E.
 
@@ -210,7 +211,7 @@ class SoftMoE(nn.Module):
         self.window = config.window if config.dispatch == "causal" else 1
         self.phi = nn.Parameter(torch.empty(D, E * P))
         self.scale = nn.Parameter(torch.empty(1))
-        if config.dispatch == "causal":
+        if self.window > 1:
             self.recency = nn.Parameter(torch.empty(E * P, config.window))  # b
         self.w_in = nn.Parameter(torch.empty(E, 2, h, D))
         self.w_out = nn.Parameter(torch.empty(E, h, D) if config.expert == "swiglu" else torch.empty(2, E, h, D))
@@ -308,7 +309,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             ctx.save_for_backward(d_hidden, d_weight)
         for start in range(0, len(hidden), chunk):
             rows, goal = hidden[start : start + chunk], targets[start : start + chunk]
-            logits = (rows @ cast_weight.T).to(total.dtype)
             counted, index = (goal >= 0)[:, None], goal.clamp(min=0)[:, None]
             log_p = (rows @ cast_weight.T).to(total.dtype).log_softmax(-1)
             total -= (log_p.gather(1, index) * counted).sum()
@@ -402,7 +402,7 @@ class Decoder(nn.Module):
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         if cache is not None:
             if self.config.ffn == "soft_moe" and self.config.dispatch == "sequence":
-                raise ValueError('dispatch = "sequence" reads the whole text at every position: it cannot be decoded with a cache')
+                raise ValueError('dispatch = "sequence" reads the whole text everywhere: it cannot be decoded with a cache')
             if cache.length + ids.shape[1] > cache.max_len:
                 raise ValueError(f"the cache holds {cache.max_len} positions, {cache.length + ids.shape[1]} are needed")
             if cache.length == 0 and (ids < 0).any():
@@ -431,12 +431,31 @@ class Decoder(nn.Module):
 
     @classmethod
     def load(cls, path):
-        """The model of a checkpoint directory, or of a run directory's newest checkpoint, on the CPU in fp32."""
+        """The model of a checkpoint directory, or of a run directory's newest one, on the CPU in fp32; .checkpoint is its path."""
         path = newest_checkpoint(path)
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         model = cls(Config(**state["config"]))
-        model.load_state_dict(torch.load(path / "model.pt", map_location="cpu", weights_only=True))
+        model.load_state_dict(read_tensors(path / "model.pt"))
+        model.checkpoint = path
         return model
+
+
+def read_tensors(path, device="cpu"):
+    """What torch.save wrote, if it is nothing but tensors in dicts and lists; code in it is refused, not run."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise SystemExit(f"{path} is not a file of tensors ({str(error).splitlines()[0]}): use another checkpoint")
+
+
+def choose_device(name):
+    """--device: auto is the best there is; one that is not there is refused."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device, available in there.items() if available)
+    if not there[name]:
+        raise SystemExit(f"--device {name}: there is none here; expected one of {', '.join(d for d in there if there[d])}")
+    return name
 
 
 def newest_checkpoint(path):
@@ -455,13 +474,16 @@ def newest_checkpoint(path):
             print(f"passed over {step_dir}: {problem}", file=sys.stderr)
         else:
             return step_dir
-    raise SystemExit(f"no {'whole ' if found else ''}checkpoint in {path}: train one with python train.py, or give its directory")
+    whole = "whole " if found else ""
+    raise SystemExit(f"no {whole}checkpoint in {path}: train one with python train.py, or give its directory")
 
 
 def checkpoint_problem(path):
     """None if every file of a checkpoint has its recorded sha256, else what is wrong."""
     try:
         recorded = json.loads((path / "sha256.json").read_text(encoding="utf-8"))
+        if not {"model.pt", "optimizer.pt", "state.json"} <= recorded.keys():
+            return "sha256.json is damaged"
         for name, sha256 in recorded.items():
             with open(path / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != sha256:

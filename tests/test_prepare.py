@@ -89,7 +89,7 @@ def test_default_data(default_data):
 
 def test_clean():
     assert clean("\ufeff a\r\nb  \r\n\r\n\r\n\r\nc\x00\td\u3000\n") == " a\nb\n\nc\td"
-    assert clean(" \n\t\n") == "" and clean("    indented\n  code") == "    indented\n  code"
+    assert clean("a\ud800b") == "a?b" and clean(" \n\t\n") == "" and clean("    indented\n  code") == "    indented\n  code"
 
 
 def test_blocks_hold_every_token_once_as_a_target(default_data):
@@ -124,6 +124,7 @@ def test_an_interrupted_write_leaves_no_manifest_and_no_part_of_a_file(tmp_path,
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', ["a.jsonl, line 2: not JSON"]),
         ("b.jsonl", b'{"title": "a", "body": "b"}\n', ["b.jsonl, line 1: no text in fields title, body", "text, content"]),
         ("c.json", b"[{]", ["c.json, line 1: not JSON"]),
+        ("c.parquet", b"PAR1 cut short", ["c.parquet: not a whole parquet file"]),
         ("d.docx", b"PK", ["d.docx: nothing to read", ".txt, .jsonl, .json, .parquet"]),
         ("few.txt", "短文".encode(), ["no tokenizer of 330 pieces from this text", "--vocab-size"]),
     ],
