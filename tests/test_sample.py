@@ -58,8 +58,8 @@ def test_generation_ends_at_the_context_and_at_a_stop_id():
     assert list(until(iter([4, 5, 6, 7]), {6, 9})) == [4, 5]
 
 
-def test_the_command(default_data, tmp_path):
-    python("train.py", "--data", default_data, "--out", tmp_path / "run", *TINY, "--steps", 2)
+def test_the_command(small_data, tmp_path):
+    python("train.py", "--data", small_data, "--out", tmp_path / "run", *TINY, "--steps", 2)
     sample = lambda *flags, **kwargs: python("sample.py", tmp_path / "run", "--max-new-tokens", 8, *flags, **kwargs)
     first, again, other = (sample("--prompt", "却说曹操", "--seed", seed).stdout for seed in (1, 1, 2))
     assert first == again != other

@@ -140,10 +140,10 @@ def losses(run):
 
 
 @pytest.fixture(scope="module")
-def whole(default_data, tmp_path_factory):
+def whole(small_data, tmp_path_factory):
     """A run of 8 steps without a break, and what it printed."""
     out = tmp_path_factory.mktemp("whole")
-    result = train(default_data, out, "--steps", 8, "--save-every", 4, "--eval-every", 4)
+    result = train(small_data, out, "--steps", 8, "--save-every", 4, "--eval-every", 4)
     return SimpleNamespace(out=out, stdout=result.stdout)
 
 
@@ -160,18 +160,18 @@ def test_the_log_says_what_the_file_says(whole):
     assert f"next: python sample.py {whole.out}    python eval.py {whole.out}" in whole.stdout
 
 
-def test_the_first_logged_loss_is_that_of_the_untrained_model_on_the_first_batch(whole, default_data):
+def test_the_first_logged_loss_is_that_of_the_untrained_model_on_the_first_batch(whole, small_data):
     state = json.loads((whole.out / "step-00000004" / "state.json").read_text(encoding="utf-8"))
     torch.manual_seed(0)
-    model, data = Decoder(Config(**state["config"])), TokenData(default_data, "train", 32)
+    model, data = Decoder(Config(**state["config"])), TokenData(small_data, "train", 32)
     ids = batch_at(data, 0, 0, 8)
     assert losses(whole.out)[0] == pytest.approx(model(ids[:, :-1], ids[:, 1:]).item(), abs=1e-5)
 
 
-def test_steps_and_resume_and_steps_are_the_same_bits(whole, default_data, tmp_path):
+def test_steps_and_resume_and_steps_are_the_same_bits(whole, small_data, tmp_path):
     """A run killed with SIGKILL after its checkpoint at step 4, resumed, ends as the unbroken run did."""
     process = subprocess.Popen(
-        [sys.executable, "train.py", "--data", default_data, "--out", tmp_path / "run", *TINY, "--steps", "8",
+        [sys.executable, "train.py", "--data", small_data, "--out", tmp_path / "run", *TINY, "--steps", "8",
          "--save-every", "4", "--eval-every", "4", "--eval-tokens", "1000000"], cwd=ROOT, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     while not (tmp_path / "run" / "step-00000004").exists():
@@ -186,10 +186,10 @@ def test_steps_and_resume_and_steps_are_the_same_bits(whole, default_data, tmp_p
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_sigterm_finishes_the_step_saves_and_exits_with_0(default_data, tmp_path, world):
+def test_sigterm_finishes_the_step_saves_and_exits_with_0(small_data, tmp_path, world):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if world == 2 else []
     process = subprocess.Popen(
-        [sys.executable, *launcher, "train.py", "--data", default_data, "--out", tmp_path, *TINY, "--steps", "1000000"],
+        [sys.executable, *launcher, "train.py", "--data", small_data, "--out", tmp_path, *TINY, "--steps", "1000000"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
     )  # fmt: skip
     while not process.stdout.readline().startswith("step     5/"):
@@ -201,23 +201,23 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_0(default_data, tmp_path
     assert step >= 5 and checkpoint_problem(tmp_path / f"step-{step:08d}") is None
 
 
-def test_two_processes_give_the_loss_of_one(whole, default_data, tmp_path):
-    torchrun(2, "train.py", "--data", default_data, "--out", tmp_path, *TINY, "--steps", 8)
+def test_two_processes_give_the_loss_of_one(whole, small_data, tmp_path):
+    torchrun(2, "train.py", "--data", small_data, "--out", tmp_path, *TINY, "--steps", 8)
     assert losses(tmp_path) == pytest.approx(losses(whole.out), abs=1e-5)
     one, two = (torch.load(run / "step-00000008" / "model.pt", weights_only=True) for run in (whole.out, tmp_path))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4)
 
 
-def test_compiled_training_gives_the_loss_of_eager(whole, default_data, tmp_path):
+def test_compiled_training_gives_the_loss_of_eager(whole, small_data, tmp_path):
     if not shutil.which("g++"):
         pytest.skip("no C++ compiler")
     flags = [flag for flag in TINY if flag != "--no-compile"]
-    python("train.py", "--data", default_data, "--out", tmp_path, *flags, "--compile", "--steps", 8)
+    python("train.py", "--data", small_data, "--out", tmp_path, *flags, "--compile", "--steps", 8)
     assert losses(tmp_path) == pytest.approx(losses(whole.out), abs=1e-4)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_named(whole, default_data, tmp_path):
+def test_a_damaged_checkpoint_is_passed_over_and_named(whole, small_data, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole.out, run)
     newest = run / "step-00000008"
@@ -255,13 +255,13 @@ def test_a_pickle_in_the_place_of_weights_is_not_run(whole, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_old_checkpoints_go_and_those_of_keep_every_stay(default_data, tmp_path):
-    train(default_data, tmp_path, "--steps", 7, "--save-every", 1, "--keep", 2, "--keep-every", 3, "--eval-every", 0)
+def test_old_checkpoints_go_and_those_of_keep_every_stay(small_data, tmp_path):
+    train(small_data, tmp_path, "--steps", 7, "--save-every", 1, "--keep", 2, "--keep-every", 3, "--eval-every", 0)
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", *(f"step-{s:08d}" for s in (3, 6, 7))]
 
 
-def test_bad_flags_get_one_line(whole, default_data, tmp_path, capsys):
-    bad = lambda *flags: train(default_data, tmp_path / "run", *flags, ok=False)
+def test_bad_flags_get_one_line(whole, small_data, tmp_path, capsys):
+    bad = lambda *flags: train(small_data, tmp_path / "run", *flags, ok=False)
     for flags, message in (
         (["--dispatch", "psychic"], "--dispatch: invalid choice: 'psychic'"),
         (["--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
@@ -278,16 +278,16 @@ def test_bad_flags_get_one_line(whole, default_data, tmp_path, capsys):
         refused(bad("--device", "cuda"), "--device cuda: there is none here")
     refused(bad("--resume"), "no checkpoint in", "run")
     refused(python("train.py", "--data", tmp_path / "none", ok=False), "no tokenizer", "none")
-    refused(train(default_data, whole.out, ok=False), "has checkpoints: --resume goes on from them")
+    refused(train(small_data, whole.out, ok=False), "has checkpoints: --resume goes on from them")
     assert not (tmp_path / "run").exists()
 
 
-def test_resume_refuses_another_model_and_other_data(whole, default_data, tmp_path):
+def test_resume_refuses_another_model_and_other_data(whole, small_data, tmp_path):
     shutil.copytree(whole.out, tmp_path / "run")
     result = python("train.py", "--resume", "--out", tmp_path / "run", "--n-layer", 3, ok=False)
     refused(result, "the model is another one", "n_layer 2 -> 3")
     refused(python("train.py", "--resume", "--out", tmp_path / "run", "--seed", 1, ok=False), "began with --seed 0")
-    shutil.copytree(default_data, tmp_path / "data")
+    shutil.copytree(small_data, tmp_path / "data")
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text(encoding="utf-8"))
     manifest["shards"] = manifest["shards"][2:]
     (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
