@@ -81,8 +81,8 @@ def text_blocks(path, tokenizer, T):
     return [padded[i * T : i * T + T + 1] for i in range(n)]
 
 
-def main():
-    args = get_args()
+def main(argv=None):
+    args = get_args(argv)
     device = choose_device(args.device)
     print(f"{'checkpoint':<32}{'loss':>9}{'perplexity':>12}{'bpb':>9}{'tokens':>11}")
     for given in args.checkpoints:

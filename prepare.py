@@ -447,8 +447,8 @@ class TokenData:
         return self.tokens[k][start : start + self.block_size + 1].astype(np.int64)
 
 
-def main():
-    args = get_args()
+def main(argv=None):
+    args = get_args(argv)
     prepare(args.inputs, args.out, args.tokenizer, args.vocab_size)
     print(f"next: python train.py --data {args.out}")
 

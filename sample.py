@@ -104,8 +104,8 @@ def until(ids, stop_ids):
         yield i
 
 
-def main():
-    args = get_args()
+def main(argv=None):
+    args = get_args(argv)
     device = choose_device(args.device)
     model = Decoder.load(args.checkpoint).to(device).eval()
     tokenizer = load_tokenizer(model.checkpoint)

@@ -175,9 +175,9 @@ def orthogonalized(x, steps=5):
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    for _ in range(steps):  # x <- 3.4445 x + (-4.7750 g + 2.0315 g^2) x, where g = x x^T
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT if tall else x
 
 
@@ -291,8 +291,8 @@ def can_compile(device):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def main():
-    args = get_args()
+def main(argv=None):
+    args = get_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(args.device)
     say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
@@ -309,7 +309,7 @@ def main():
         checkpoint = newest_checkpoint(run)
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         saved = state["args"] | ({"steps": None, "minutes": None} if args.steps or args.minutes else {})
-        args = get_args(**saved)
+        args = get_args(argv, **saved)
         for name in ("seed", "optimizer"):
             if getattr(args, name) != saved[name]:
                 raise SystemExit(f"--resume: the run began with --{name} {saved[name]}: leave the flag out, or change --out")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, python, refused
+from conftest import ROOT, TINY, call, refused
 from test_model import small
 
 from eval import evaluate, text_blocks
@@ -46,17 +46,17 @@ def test_of_too_many_blocks_evenly_spaced_ones_are_taken(small_data):
 
 
 def test_the_command(small_data, tmp_path):
-    trained = python("train.py", "--data", small_data, "--out", tmp_path / "run", *TINY, "--steps", 2, "--save-every", 1)
-    result = python("eval.py", tmp_path / "run", tmp_path / "run" / "step-00000001").stdout.splitlines()
+    trained = call("train.py", "--data", small_data, "--out", tmp_path / "run", *TINY, "--steps", 2, "--save-every", 1)
+    result = call("eval.py", tmp_path / "run", tmp_path / "run" / "step-00000001").stdout.splitlines()
     newest, older = result[1].split(), result[2].split()
     assert newest[0].endswith("step-00000002") and older[0].endswith("step-00000001")
     assert f"val loss {newest[1]}, val bpb {newest[3]}," in trained.stdout  # one function, one number
     (tmp_path / "my.txt").write_text("话说天下大势，分久必合。", encoding="utf-8")
-    assert len(python("eval.py", tmp_path / "run", "--text", tmp_path / "my.txt").stdout.splitlines()) == 2
+    assert len(call("eval.py", tmp_path / "run", "--text", tmp_path / "my.txt").stdout.splitlines()) == 2
     (tmp_path / "other.txt").write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
-    python("prepare.py", tmp_path / "other.txt", "--out", tmp_path / "other", "--vocab-size", 700)
-    refused(python("eval.py", tmp_path / "run", "--data", tmp_path / "other", ok=False), "prepared with another tokenizer")
+    call("prepare.py", tmp_path / "other.txt", "--out", tmp_path / "other", "--vocab-size", 700)
+    refused(call("eval.py", tmp_path / "run", "--data", tmp_path / "other", ok=False), "prepared with another tokenizer")
     (tmp_path / "empty.txt").write_bytes(b"")
-    refused(python("eval.py", tmp_path / "run", "--text", tmp_path / "empty.txt", ok=False), "empty.txt is empty")
+    refused(call("eval.py", tmp_path / "run", "--text", tmp_path / "empty.txt", ok=False), "empty.txt is empty")
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
-    refused(python("eval.py", tmp_path / "run", "--text", tmp_path / "bad.txt", ok=False), "bad.txt is not UTF-8 (byte 0)")
+    refused(call("eval.py", tmp_path / "run", "--text", tmp_path / "bad.txt", ok=False), "bad.txt is not UTF-8 (byte 0)")

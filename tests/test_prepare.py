@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import python, refused
+from conftest import call, python, refused
 
 import prepare
 from prepare import TokenData, clean
@@ -40,7 +40,7 @@ def test_every_format_gives_the_same_documents(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": DOCUMENTS}), tmp_path / "c.parquet")
     expected = sorted(DOCUMENTS)
     for name in ("a.jsonl", "b.json", "c.parquet"):
-        python("prepare.py", tmp_path / name, "--out", tmp_path / name[0], *SMALL)
+        call("prepare.py", tmp_path / name, "--out", tmp_path / name[0], *SMALL)
         texts, manifest = kept_texts(tmp_path / name[0])
         assert sorted(texts["train"] + texts["val"]) == expected
         for split in texts:  # the split is a pure function of the text
@@ -50,7 +50,7 @@ def test_every_format_gives_the_same_documents(tmp_path):
         assert 0 < len(texts["val"]) < 30
         assert manifest["ledger"][name[0]] == {"read": 200, "empty": 0, "duplicate": 0, "kept": 200, "val": len(texts["val"])}
     # All together in one folder: the copies are dropped, and the ledger says so.
-    python("prepare.py", tmp_path / "a.jsonl", tmp_path / "b.json", "--out", tmp_path / "ab", *SMALL)
+    call("prepare.py", tmp_path / "a.jsonl", tmp_path / "b.json", "--out", tmp_path / "ab", *SMALL)
     texts, manifest = kept_texts(tmp_path / "ab")
     assert sorted(texts["train"] + texts["val"]) == expected
     assert manifest["ledger"]["b"] == {"read": 200, "empty": 0, "duplicate": 200, "kept": 0, "val": 0}
@@ -59,7 +59,7 @@ def test_every_format_gives_the_same_documents(tmp_path):
 def test_a_long_text_file_is_cut_at_line_ends_and_loses_nothing(tmp_path):
     lines = [f"{i} {VERSES[i % 4]}" for i in range(2000)]
     (tmp_path / "long.txt").write_text("\r\n".join(lines), encoding="utf-8-sig")
-    python("prepare.py", tmp_path / "long.txt", "--out", tmp_path / "out", *SMALL)
+    call("prepare.py", tmp_path / "long.txt", "--out", tmp_path / "out", *SMALL)
     texts, _ = kept_texts(tmp_path / "out")
     both = texts["train"] + texts["val"]
     assert sorted("\n".join(both).split("\n")) == sorted(lines)
@@ -69,7 +69,7 @@ def test_a_long_text_file_is_cut_at_line_ends_and_loses_nothing(tmp_path):
 def test_a_small_source_has_something_held_out_too(tmp_path):
     chosen = [t for t in DOCUMENTS if int.from_bytes(hashlib.sha256(t.encode("utf-8")).digest()[:8], "big") % 20][:9]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in chosen), encoding="utf-8")
-    python("prepare.py", tmp_path / "a.jsonl", "--out", tmp_path / "out", *SMALL)
+    call("prepare.py", tmp_path / "a.jsonl", "--out", tmp_path / "out", *SMALL)
     texts, manifest = kept_texts(tmp_path / "out")
     assert texts == {"train": chosen[1:], "val": chosen[:1]} and manifest["ledger"]["a"]["val"] == 1
 
@@ -131,15 +131,15 @@ def test_an_interrupted_write_leaves_no_manifest_and_no_part_of_a_file(tmp_path,
 )
 def test_bad_files_get_one_line_and_no_manifest(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
-    result = python("prepare.py", tmp_path / name, "--out", tmp_path / "out", *SMALL, ok=False)
+    result = call("prepare.py", tmp_path / name, "--out", tmp_path / "out", *SMALL, ok=False)
     refused(result, *words)
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_missing_files_a_finished_folder_and_a_closed_index_get_one_line(tmp_path, default_data):
-    refused(python("prepare.py", tmp_path / "no.txt", "--out", tmp_path / "out", ok=False), "no.txt: no such file or folder")
-    refused(python("prepare.py", "--out", default_data, ok=False), f"{default_data} is prepared already", "another --out")
-    refused(python("prepare.py", "--vocab-size", "many", ok=False), "--vocab-size: invalid int value: 'many'")
+    refused(call("prepare.py", tmp_path / "no.txt", "--out", tmp_path / "out", ok=False), "no.txt: no such file or folder")
+    refused(call("prepare.py", "--out", default_data, ok=False), f"{default_data} is prepared already", "another --out")
+    refused(call("prepare.py", "--vocab-size", "many", ok=False), "--vocab-size: invalid int value: 'many'")
     script = prepare.__file__
     offline = dict(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path))
     result = python(script, cwd=tmp_path, ok=False, **offline)
@@ -156,7 +156,7 @@ def test_an_archive_that_is_not_the_tested_one_is_refused(tmp_path, monkeypatch)
 @pytest.fixture
 def prepared(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in DOCUMENTS), encoding="utf-8")
-    python("prepare.py", tmp_path / "a.jsonl", "--out", tmp_path / "out", *SMALL)
+    call("prepare.py", tmp_path / "a.jsonl", "--out", tmp_path / "out", *SMALL)
     return tmp_path / "out"
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, python, refused
+from conftest import TINY, call, refused
 from test_model import CAUSAL_KINDS, small
 
 from sample import generate, keep_top_k, keep_top_p, pick, until
@@ -59,8 +59,8 @@ def test_generation_ends_at_the_context_and_at_a_stop_id():
 
 
 def test_the_command(small_data, tmp_path):
-    python("train.py", "--data", small_data, "--out", tmp_path / "run", *TINY, "--steps", 2)
-    sample = lambda *flags, **kwargs: python("sample.py", tmp_path / "run", "--max-new-tokens", 8, *flags, **kwargs)
+    call("train.py", "--data", small_data, "--out", tmp_path / "run", *TINY, "--steps", 2)
+    sample = lambda *flags, **kwargs: call("sample.py", tmp_path / "run", "--max-new-tokens", 8, *flags, **kwargs)
     first, again, other = (sample("--prompt", "却说曹操", "--seed", seed).stdout for seed in (1, 1, 2))
     assert first == again != other
     assert first.splitlines()[1].startswith("却说曹操")
@@ -70,4 +70,4 @@ def test_the_command(small_data, tmp_path):
     refused(sample("--top-p", 0, ok=False), "--top-p 0.0: expected more than 0")
     refused(sample("--prompt", "长" * 100, ok=False), "the prompt has", "the model's context is 32")
     refused(sample("--file", tmp_path / "none.txt", ok=False), "none.txt")
-    refused(python("sample.py", tmp_path / "nothing", ok=False), "no checkpoint in", "python train.py")
+    refused(call("sample.py", tmp_path / "nothing", ok=False), "no checkpoint in", "python train.py")

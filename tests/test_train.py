@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, python, refused, torchrun
+from conftest import ROOT, TINY, call, python, refused, torchrun
 
 from model import Config, Decoder, checkpoint_problem
 from prepare import TokenData
@@ -115,8 +115,8 @@ def test_learning_rate():
 # --- runs
 
 
-def train(data, out, *flags, **kwargs):
-    return python("train.py", "--data", data, "--out", out, *TINY, *flags, **kwargs)
+def train(data, out, *flags, how=call, **kwargs):
+    return how("train.py", "--data", data, "--out", out, *TINY, *flags, **kwargs)
 
 
 def weights(run, step):
@@ -143,7 +143,7 @@ def losses(run):
 def whole(small_data, tmp_path_factory):
     """A run of 8 steps without a break, and what it printed."""
     out = tmp_path_factory.mktemp("whole")
-    result = train(small_data, out, "--steps", 8, "--save-every", 4, "--eval-every", 4)
+    result = train(small_data, out, "--steps", 8, "--save-every", 4, "--eval-every", 4, how=python)
     return SimpleNamespace(out=out, stdout=result.stdout)
 
 
@@ -231,13 +231,13 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(whole, small_data, tmp_pa
         (newest / name).write_bytes(whole_file)
     assert checkpoint_problem(newest) is None
     (newest / "optimizer.pt").write_bytes(b"")
-    result = python("train.py", "--resume", "--out", run)
+    result = call("train.py", "--resume", "--out", run)
     assert f"passed over {newest}: optimizer.pt is damaged" in result.stderr
     assert weights(run, 8) == weights(whole.out, 8)  # from step 4 again
     shutil.copytree(whole.out, tmp_path / "none")
     for step in (4, 8):
         (tmp_path / "none" / f"step-{step:08d}" / "model.pt").unlink()
-    refused(python("train.py", "--resume", "--out", tmp_path / "none", ok=False), "no whole checkpoint in", "none")
+    refused(call("train.py", "--resume", "--out", tmp_path / "none", ok=False), "no whole checkpoint in", "none")
 
 
 def test_a_pickle_in_the_place_of_weights_is_not_run(whole, tmp_path):
@@ -251,7 +251,7 @@ def test_a_pickle_in_the_place_of_weights_is_not_run(whole, tmp_path):
     hashes = json.loads((path / "sha256.json").read_text())
     hashes["model.pt"] = hashlib.sha256((path / "model.pt").read_bytes()).hexdigest()
     (path / "sha256.json").write_text(json.dumps(hashes))
-    refused(python("sample.py", path, ok=False), "model.pt is not a file of tensors")
+    refused(call("sample.py", path, ok=False), "model.pt is not a file of tensors")
     assert not (tmp_path / "executed").exists()
 
 
@@ -277,19 +277,19 @@ def test_bad_flags_get_one_line(whole, small_data, tmp_path, capsys):
     if not torch.cuda.is_available():
         refused(bad("--device", "cuda"), "--device cuda: there is none here")
     refused(bad("--resume"), "no checkpoint in", "run")
-    refused(python("train.py", "--data", tmp_path / "none", ok=False), "no tokenizer", "none")
+    refused(call("train.py", "--data", tmp_path / "none", ok=False), "no tokenizer", "none")
     refused(train(small_data, whole.out, ok=False), "has checkpoints: --resume goes on from them")
     assert not (tmp_path / "run").exists()
 
 
 def test_resume_refuses_another_model_and_other_data(whole, small_data, tmp_path):
     shutil.copytree(whole.out, tmp_path / "run")
-    result = python("train.py", "--resume", "--out", tmp_path / "run", "--n-layer", 3, ok=False)
+    result = call("train.py", "--resume", "--out", tmp_path / "run", "--n-layer", 3, ok=False)
     refused(result, "the model is another one", "n_layer 2 -> 3")
-    refused(python("train.py", "--resume", "--out", tmp_path / "run", "--seed", 1, ok=False), "began with --seed 0")
+    refused(call("train.py", "--resume", "--out", tmp_path / "run", "--seed", 1, ok=False), "began with --seed 0")
     shutil.copytree(small_data, tmp_path / "data")
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text(encoding="utf-8"))
     manifest["shards"] = manifest["shards"][2:]
     (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    result = python("train.py", "--resume", "--out", tmp_path / "run", "--data", tmp_path / "data", ok=False)
+    result = call("train.py", "--resume", "--out", tmp_path / "run", "--data", tmp_path / "data", ok=False)
     refused(result, "are not those that", "step-00000008 was trained on")
