@@ -1,8 +1,11 @@
-"""How well a checkpoint predicts text it has not seen.
+"""How well a checkpoint predicts text it has not seen, and whether it peeks.
 
     python eval.py                                    # newest checkpoint, on the held-out split of its data
     python eval.py out/demo/step-00000500 out/other   # several, a line each
     python eval.py --text my.txt                      # on a file of one's own
+    python eval.py --leak                             # the same tokens scored in three ways: do they agree?
+    python eval.py --noise                            # train on noise, which only a layer that peeks can predict
+    python eval.py --routing --prompt 却说曹操         # which experts a text goes to, and how far back they look
 
 loss         nats per token
 perplexity   exp(loss)
@@ -12,12 +15,14 @@ bpb          bits per byte of text: comparable between models with different tok
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from model import Decoder, choose_device
+from model import Config, Decoder, choose_device
 from prepare import TokenData, file_sha256
 from tokenizer import load_tokenizer
 
@@ -30,6 +35,12 @@ def get_args(argv=None):
     scored = parser.add_mutually_exclusive_group()
     scored.add_argument("--data", help="a prepared folder, instead of the one the checkpoint was trained on")
     scored.add_argument("--text", help="a UTF-8 file to score instead")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--leak", action="store_true", help="teacher-forced against honest against cached loss")
+    what.add_argument("--noise", action="store_true", help="no checkpoint: what each dispatch learns from random tokens")
+    what.add_argument("--routing", action="store_true", help="show the Soft MoE at work on --prompt")
+    parser.add_argument("--prompt", default="却说曹操引兵渡河，正遇关公。", help="text for --routing")
+    parser.add_argument("--png", help="with --routing: draw it into this file too (needs matplotlib)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     return parser.parse_args(argv)
 
@@ -81,13 +92,179 @@ def text_blocks(path, tokenizer, T):
     return [padded[i * T : i * T + T + 1] for i in range(n)]
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# The leak
+
+
+@torch.no_grad()
+def leak(model, ids):
+    """The mean nats of the same targets, ids [B, T + 1] (-1: not counted), scored in three ways.
+
+    teacher-forced   one forward over the text, as in training
+    honest           every target from a forward over the tokens before it, and nothing else
+    cached           token by token with the cache, as in sampling; None where the model has no cache
+    """
+    B, T = ids.shape[0], ids.shape[1] - 1
+    count = (ids[:, 1:] >= 0).sum().item()
+
+    def nats(inputs, targets, cache=None):
+        return model(inputs, targets, cache=cache).item() * (targets >= 0).sum().item()
+
+    def last_only(t):
+        targets = torch.full_like(ids[:, :t], -1)
+        targets[:, -1] = ids[:, t]
+        return targets
+
+    result = {"teacher-forced": nats(ids[:, :-1], ids[:, 1:]) / count}
+    result["honest"] = sum(nats(ids[:, :t], last_only(t)) for t in range(1, T + 1)) / count
+    result["cached"] = None
+    if model.has_cache:
+        cache = model.new_cache(B, T)
+        result["cached"] = sum(nats(ids[:, t : t + 1], ids[:, t + 1 : t + 2], cache) for t in range(T)) / count
+    return result
+
+
+def print_leak(model, blocks, token_bytes, device):
+    chosen = np.linspace(0, len(blocks) - 1, num=min(len(blocks), max(1, 4096 // (len(blocks[0]) - 1))), dtype=np.int64)
+    ids = torch.from_numpy(np.stack([blocks[i] for i in chosen])).to(device)
+    counted = ids[:, 1:][ids[:, 1:] >= 0].tolist()
+    bits_per_nat = len(counted) / math.log(2) / max(1, sum(len(token_bytes[i]) for i in counted))
+    result = leak(model, ids)
+    print(f"{model.checkpoint}, {len(counted):,} tokens\n{'scored':<16}{'nats/token':>12}{'bits/byte':>12}")
+    for way, nats in result.items():
+        print(f"{way:<16}" + (f"{nats:>12.5f}{nats * bits_per_nat:>12.5f}" if nats is not None else "   it has no cache"))
+    gap = max(abs(nats - result["honest"]) for nats in result.values() if nats is not None)
+    print(f"they agree to {gap:.1e} nats: nothing leaks" if gap < 1e-4 else
+          f"they differ by {gap:.4f} nats: in training and in teacher-forced scores the model reads what it is to predict")  # fmt: skip
+
+
+def noise_loss(config, steps=400, batch_tokens=1536, seed=0):
+    """Train on independent uniform tokens; the loss on fresh ones. A model that cannot peek stays at ln V or above."""
+    torch.manual_seed(seed)
+    model = Decoder(config)
+    for block in model.blocks:  # a start without the zero matrices and with a sharp router: a minute is short
+        torch.nn.init.normal_(block.attention.out, std=config.d_model**-0.5)
+        torch.nn.init.normal_(block.ffn.w_out, std=config.d_expert**-0.5)
+        torch.nn.init.constant_(block.ffn.scale, 8.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    draw = lambda: torch.randint(config.vocab_size, (max(1, batch_tokens // config.block_size), config.block_size + 1))
+    for _ in range(steps):
+        ids = draw()
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        return float(np.mean([model(ids[:, :-1], ids[:, 1:]).item() for ids in (draw() for _ in range(20))]))
+
+
+def print_noise():
+    V = 6
+    print(f"loss on fresh uniform noise of {V} tokens; ln {V} = {math.log(V):.4f}, which no honest model can beat")
+    print(f"{'dispatch':<10}{'slots':>7}{'T':>7}{'slots/T':>9}{'loss':>9}{'read, nats':>12}")
+    runs = [("token", 16, 12), ("causal", 16, 12)]
+    runs += [("sequence", slots, T) for T in (12, 48, 192) for slots in (16, 4, 1)] + [("sequence", 6, 2048)]
+    for dispatch, slots, T in runs:
+        n_expert = math.gcd(slots, 4) if slots != 6 else 6
+        config = Config(
+            n_layer=2, d_model=64, n_head=4, n_kv_head=4, vocab_size=V, block_size=T, dispatch=dispatch,
+            n_expert=n_expert, slots_per_expert=slots // n_expert,
+        )  # fmt: skip
+        loss = noise_loss(config)
+        print(f"{dispatch:<10}{slots:>7}{T:>7}{slots / T:>9.4f}{loss:>9.4f}{math.log(V) - loss:>12.4f}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Routing
+
+
+@torch.no_grad()
+def routing(model, ids):
+    """What the Soft MoE layers do with ids [1, T] -> combine [L, T, S] and look-back weights [L, W, T, S]."""
+    combine, window = [], []
+
+    def look(ffn, inputs):
+        x, place = inputs[:2]
+        logits = ffn.router_logits(x)
+        combine.append(logits[0].softmax(-1))
+        window.append(ffn.window_weights(F.pad(logits, (0, 0, ffn.window - 1, 0)), place.positions)[:, 0])
+
+    hooks = [block.ffn.register_forward_pre_hook(look) for block in model.blocks]
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(combine), torch.stack(window)
+
+
+def print_routing(model, tokenizer, prompt, png):
+    config = model.config
+    if config.ffn != "soft_moe" or config.dispatch == "sequence":
+        raise SystemExit(f"--routing: {model.checkpoint} has no causal Soft MoE (ffn {config.ffn}, dispatch {config.dispatch})")
+    ids = [tokenizer.eos_id, *tokenizer.encode(prompt)][: config.block_size]
+    combine, window = routing(model, torch.tensor([ids], device=model.embedding.device))
+    pieces = [tokenizer.decode([i]).replace("\n", "⏎") or "□" for i in ids]
+    E, colour = config.n_expert, sys.stdout.isatty()
+    shares = combine.unflatten(-1, (E, -1)).sum(-1)  # [L, T, E]
+    print("the expert with the largest share of each token" + (", by colour" if colour else ""))
+    for layer, rows in enumerate(shares):
+        tokens = zip(pieces, rows.argmax(-1).tolist())
+        print(f"layer {layer}  " + "".join(f"\033[{41 + e % 6}m{piece}\033[0m" if colour else f"{piece}[{e}]" for piece, e in tokens))
+    print("experts: " + " ".join(f"\033[{41 + e % 6}m {e} \033[0m" if colour else str(e) for e in range(E)))
+    print(f"\n{'layer':<6}{'slot':>5}{'share':>8}{'looks back':>12}   weight of the token 0, 1, 2 .. back (mean over the text)")
+    for layer in range(config.n_layer):
+        for slot in range(E * config.slots_per_expert):
+            weights = window[layer, :, :, slot].mean(1)
+            distance = (weights * torch.arange(len(weights), device=weights.device)).sum()
+            cells = " ".join(f"{w:.3f}" for w in weights.tolist())
+            print(f"{layer:<6}{slot:>5}{combine[layer, :, slot].mean():>8.3f}{distance:>12.2f}   {cells}")
+    if png:
+        draw_routing(shares, window, pieces, png)
+
+
+def draw_routing(shares, window, pieces, path):
+    """Two pictures a layer: the share of each expert in each token, and how many tokens each slot looks back there."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        from matplotlib.font_manager import fontManager
+    except ImportError:
+        raise SystemExit("--png needs matplotlib: pip install matplotlib")
+    chinese = {"Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans CN", "WenQuanYi Micro Hei", "SimHei", "PingFang SC"}
+    fonts = sorted(chinese & {font.name for font in fontManager.ttflist})
+    if fonts:
+        plt.rcParams["font.sans-serif"] = fonts
+    else:
+        print("no Chinese font found: the picture numbers the tokens")
+        pieces = list(map(str, range(len(pieces))))
+    back = torch.arange(window.shape[1], device=window.device)[:, None, None]
+    distance = (window * back).sum(1)  # [L, T, S]
+    figure, axes = plt.subplots(2 * len(shares), 1, figsize=(2 + 0.3 * len(pieces), 3 * len(shares)), squeeze=False)
+    for layer in range(len(shares)):
+        for row, values, name in ((0, shares[layer], "expert, share"), (1, distance[layer], "slot, tokens back")):
+            axis = axes[2 * layer + row, 0]
+            figure.colorbar(axis.imshow(values.T.cpu(), aspect="auto"), ax=axis)
+            axis.set(ylabel=f"layer {layer}\n{name}", xticks=range(len(pieces)), xticklabels=pieces)
+    figure.tight_layout()
+    figure.savefig(path)
+    print(f"drawn: {path}")
+
+
 def main(argv=None):
     args = get_args(argv)
     device = choose_device(args.device)
-    print(f"{'checkpoint':<32}{'loss':>9}{'perplexity':>12}{'bpb':>9}{'tokens':>11}")
+    if args.noise:
+        return print_noise()
+    if not (args.leak or args.routing):
+        print(f"{'checkpoint':<32}{'loss':>9}{'perplexity':>12}{'bpb':>9}{'tokens':>11}")
     for given in args.checkpoints:
         model = Decoder.load(given).to(device)
         path, config, tokenizer = model.checkpoint, model.config, load_tokenizer(model.checkpoint)
+        if args.routing:
+            print_routing(model, tokenizer, args.prompt, args.png)
+            continue
         if args.text:
             blocks = text_blocks(args.text, tokenizer, config.block_size)
         else:
@@ -95,6 +272,9 @@ def main(argv=None):
             blocks = TokenData(args.data or state["args"]["data"], "val", config.block_size)
             if blocks.manifest["tokenizer"]["sha256"] != file_sha256(tokenizer.path):
                 raise SystemExit(f"{blocks.path} was prepared with another tokenizer than {path}: score its text with --text")
+        if args.leak:
+            print_leak(model, blocks, tokenizer.token_bytes, device)
+            continue
         result = evaluate(model, blocks, tokenizer.token_bytes, device)
         leaky = "  leaky: it reads what it predicts" if config.ffn == "soft_moe" and config.dispatch == "sequence" else ""
         print(f"{str(path):<32}{result['loss']:>9.4f}{result['perplexity']:>12.2f}{result['bpb']:>9.4f}"

@@ -18,6 +18,7 @@ import pickle
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -49,6 +50,7 @@ class Config:
     expert: str = "swiglu"  # or swiglu2: the second layer is gated as well, as in Steel-LLM
     d_expert: int = 0  # hidden width of an expert; 0: so that the layer has about 8 d_model^2 weights
     tie_embeddings: bool = True
+    reset_id: int = -1  # nothing reads back over this id, which begins a document; -1: texts packed together see each other
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6
 
@@ -60,7 +62,7 @@ class Config:
         ]
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and value < (0 if field.name == "d_expert" else 1):
+            if field.type is int and value < {"d_expert": 0, "reset_id": -1}.get(field.name, 1):
                 problems.append(f"{field.name} = {value}, expected a positive number")
         if not problems and self.d_model % (2 * self.n_head):
             problems.append(f"d_model = {self.d_model} is not a multiple of 2 x n_head = {2 * self.n_head}")
@@ -99,12 +101,14 @@ PRESETS = {
 class Cache:
     """What decoding remembers: keys and values of every position, and the last W - 1 inputs of each Soft MoE layer.
 
-    length   positions seen so far, the same for every row of the batch
-    start    [B] or None: how many of them are padding on the left, for prompts of unequal length
+    length   tokens seen so far, the same for every row of the batch
+    start    [B, 1], which of them began the text that is being read: those before it are padding or other documents
+    bounded  whether there are such
     """
 
     def __init__(self, config, batch, max_len, device, dtype):
-        self.length, self.max_len, self.start = 0, max_len, None
+        self.length, self.max_len, self.bounded = 0, max_len, config.reset_id >= 0
+        self.start = torch.zeros(batch, 1, dtype=torch.long, device=device)
         head_dim = config.d_model // config.n_head
         kv_shape = (config.n_layer, batch, config.n_kv_head, max_len, head_dim)
         self.k = torch.zeros(kv_shape, device=device, dtype=dtype)
@@ -125,37 +129,50 @@ class Attention(nn.Module):
         self.qkv_bias = nn.Parameter(torch.empty(n_rows, self.head_dim))
         self.out = nn.Parameter(torch.empty(config.d_model, config.d_model))
 
-    def forward(self, x, rotary, cache=None, layer=0):
-        """x [B, T, D], rotary = (cos, sin) each [B or 1, T, 1, K] -> [B, T, D]."""
+    def forward(self, x, place, cache=None, layer=0):
+        """x [B, T, D] -> [B, T, D]."""
         B, T, D = x.shape
         qkv = F.linear(x, self.qkv.flatten(0, 1), self.qkv_bias.flatten()).view(B, T, -1, self.head_dim)
         qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
-        q, k = rotate(qk, *rotary).split([self.n_head, self.n_kv_head], dim=2)
+        q, k = rotate(qk, place.cos, place.sin).split([self.n_head, self.n_kv_head], dim=2)
         q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # [B, H or G, T, K]
-        mask = None
         if cache is not None:
             end = cache.length + T
             cache.k[layer, :, :, cache.length : end] = k
             cache.v[layer, :, :, cache.length : end] = v
             k, v = cache.k[layer, :, :, :end], cache.v[layer, :, :, :end]
-            mask = cache_mask(cache, T, x.device)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=self.n_head != self.n_kv_head
+            q, k, v, attn_mask=place.mask, is_causal=place.mask is None and T > 1, enable_gqa=self.n_head != self.n_kv_head
         )
         return F.linear(y.transpose(1, 2).reshape(B, T, D), self.out)
 
 
-def cache_mask(cache, T, device):
-    """[B or 1, 1, T, length + T], true where a new position may look; None where plain causal attention says the same."""
-    if cache.start is None and (T == 1 or cache.length == 0):
-        return None
-    new = torch.arange(cache.length, cache.length + T, device=device)
-    seen = torch.arange(cache.length + T, device=device)
-    mask = (seen <= new[:, None])[None, None]
-    if cache.start is not None:
-        # Padding may look at itself, so that no row of the softmax is empty; nothing reads what it then holds.
-        mask = mask & (seen >= cache.start[:, None, None, None]) | (seen == new[:, None])
-    return mask
+class Place(NamedTuple):
+    """Where the tokens of one forward stand."""
+
+    positions: torch.Tensor  # [B or 1, T], counted from the first token that they may read
+    mask: torch.Tensor | None  # [B, 1, T, length + T], true where attention may look; None: at all that came before
+    cos: torch.Tensor  # [B or 1, T, 1, K]
+    sin: torch.Tensor
+
+
+def place_tokens(ids, config, cache, dtype):
+    """ids [B, T] -> Place. Padding (-1) on the left is not counted, and nothing looks back over a reset_id."""
+    T = ids.shape[1]
+    length, start, bounded = (cache.length, cache.start, cache.bounded) if cache is not None else (0, 0, config.reset_id >= 0)
+    index = torch.arange(length, length + T, device=ids.device)[None]
+    if cache is not None and length == 0 and (ids < 0).any():
+        start, bounded = (ids < 0).sum(1, keepdim=True), True
+    if config.reset_id >= 0:
+        start = torch.where(ids == config.reset_id, index, start).cummax(1).values  # [B, T]
+    positions = (index - start).clamp(min=0)  # padding stands at 0 and reads itself: a softmax over nothing would be NaN
+    mask = None
+    if bounded or length and T > 1:
+        seen = torch.arange(length + T, device=ids.device)
+        mask = ((seen <= index[..., None]) & (seen >= (index - positions)[..., None]))[:, None]
+    if cache is not None:
+        cache.start, cache.bounded = start[:, -1:], bounded
+    return Place(positions, mask, *rotary_angles(positions, config.d_model // config.n_head, config.rope_base, dtype))
 
 
 def rotary_angles(positions, head_dim, base, dtype):
@@ -183,7 +200,7 @@ class Dense(nn.Module):
         self.w_in = nn.Parameter(torch.empty(2, config.d_dense, config.d_model))  # gate, up
         self.w_out = nn.Parameter(torch.empty(config.d_dense, config.d_model))
 
-    def forward(self, x, cache=None, layer=0):
+    def forward(self, x, place, cache=None, layer=0):
         gate, up = F.linear(x, self.w_in.flatten(0, 1)).chunk(2, dim=-1)
         return (F.silu(gate) * up) @ self.w_out
 
@@ -216,7 +233,7 @@ class SoftMoE(nn.Module):
         self.w_in = nn.Parameter(torch.empty(E, 2, h, D))
         self.w_out = nn.Parameter(torch.empty(E, h, D) if config.expert == "swiglu" else torch.empty(2, E, h, D))
 
-    def forward(self, x, cache=None, layer=0):
+    def forward(self, x, place, cache=None, layer=0):
         """x [B, T, D], RMS-normed -> [B, T, D]."""
         if self.dispatch == "sequence":
             return self.published(x)
@@ -229,13 +246,8 @@ class SoftMoE(nn.Module):
         own = logits[:, -T:]
         if W > 1:
             if cache is None:
-                logits = F.pad(logits, (0, 0, W - 1, 0), value=-torch.inf)
-                u = F.pad(u, (0, 0, 0, 0, W - 1, 0))
-            else:
-                position = torch.arange(cache.length - (W - 1), cache.length + T, device=x.device)
-                missing = position < (0 if cache.start is None else cache.start[:, None])
-                logits = logits.masked_fill(missing.expand(x.shape[:2])[..., None], -torch.inf)
-            u = self.mix(u, own, logits)
+                logits, u = F.pad(logits, (0, 0, W - 1, 0)), F.pad(u, (0, 0, 0, 0, W - 1, 0))
+            u = self.mix(u, logits, place.positions)
         elif self.slots > 1:
             u = u.repeat_interleave(self.slots, dim=2)
         return self.experts(u, own.softmax(-1).to(x.dtype) * self.n_expert)
@@ -246,19 +258,19 @@ class SoftMoE(nn.Module):
             dtype = torch.promote_types(x.dtype, torch.float32)
             return F.normalize(x.to(dtype), dim=-1) @ (F.normalize(self.phi.to(dtype), dim=0) * self.scale.to(dtype))
 
-    def mix(self, u, own, logits):
-        """What each slot reads, behind the first layer: [B, T, S, 2h].
+    def window_weights(self, logits, positions):
+        """w: logits [B, W - 1 + T, S], positions [B or 1, T], which say how far back there is text -> [W, B, T, S]."""
+        T, W = positions.shape[1], self.window
+        scores = [logits[:, W - 1 - k : W - 1 - k + T] + (self.recency[:, k] if W > 1 else 0) for k in range(W)]
+        return torch.stack([s.masked_fill((positions < k)[..., None], -torch.inf) for k, s in enumerate(scores)]).softmax(0)
 
-        u [B, W - 1 + T, E, 2h], own [B, T, S]; logits [B, W - 1 + T, S] are -inf where there is no token.
-        """
-        T, W = own.shape[1], self.window
-        back = [slice(W - 1 - k, W - 1 - k + T) for k in range(W)]  # back[k]: the positions t - k
-        # A token always reads itself, even if it is padding: a softmax over nothing would be NaN, and spread.
-        scores = [own + self.recency[:, 0]] + [logits[:, back[k]] + self.recency[:, k] for k in range(1, W)]
-        weights = torch.stack(scores).softmax(0).to(u.dtype)
+    def mix(self, u, logits, positions):
+        """What each slot reads, behind the first layer: u [B, W - 1 + T, E, 2h] -> [B, T, S, 2h]."""
+        T, W = positions.shape[1], self.window
+        weights = self.window_weights(logits, positions).to(u.dtype)
         weights = weights.unflatten(-1, (self.n_expert, self.slots))[..., None]  # [W, B, T, E, P, 1]
         u = u[:, :, :, None]
-        return sum(weights[k] * u[:, back[k]] for k in range(W)).flatten(2, 3)
+        return sum(weights[k] * u[:, W - 1 - k : W - 1 - k + T] for k in range(W)).flatten(2, 3)
 
     def experts(self, u, combine):
         """u [B, T, S, 2h] pre-activations, combine [B, T, S] -> the weighted sum over slots, [B, T, D]."""
@@ -347,9 +359,9 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.ffn = SoftMoE(config) if config.ffn == "soft_moe" else Dense(config)
 
-    def forward(self, x, rotary, cache, layer):
-        x = x + self.attention(self.attention_norm(x), rotary, cache, layer)
-        return x + self.ffn(self.ffn_norm(x), cache, layer)
+    def forward(self, x, place, cache, layer):
+        x = x + self.attention(self.attention_norm(x), place, cache, layer)
+        return x + self.ffn(self.ffn_norm(x), place, cache, layer)
 
 
 class Decoder(nn.Module):
@@ -399,27 +411,25 @@ class Decoder(nn.Module):
 
     def hidden(self, ids, cache=None):
         """ids [B, T] -> normed states of the last layer [B, T, D]."""
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]
         if cache is not None:
-            if self.config.ffn == "soft_moe" and self.config.dispatch == "sequence":
+            if not self.has_cache:
                 raise ValueError('dispatch = "sequence" reads the whole text everywhere: it cannot be decoded with a cache')
             if cache.length + ids.shape[1] > cache.max_len:
                 raise ValueError(f"the cache holds {cache.max_len} positions, {cache.length + ids.shape[1]} are needed")
-            if cache.length == 0 and (ids < 0).any():
-                cache.start = (ids < 0).sum(1)
-            positions = positions + cache.length
-            if cache.start is not None:
-                positions = positions - cache.start[:, None]
         x = F.embedding(ids.clamp(min=0), self.embedding)
-        rotary = rotary_angles(positions, self.config.d_model // self.config.n_head, self.config.rope_base, x.dtype)
+        place = place_tokens(ids, self.config, cache, x.dtype)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotary, cache, layer)
+            x = block(x, place, cache, layer)
         if cache is not None:
             cache.length += ids.shape[1]
         return self.norm(x)
 
     def new_cache(self, batch, max_len):
         return Cache(self.config, batch, max_len, self.embedding.device, self.embedding.dtype)
+
+    @property
+    def has_cache(self):
+        return self.config.ffn == "dense" or self.config.dispatch != "sequence"
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
@@ -438,6 +448,43 @@ class Decoder(nn.Module):
         model.load_state_dict(read_tensors(path / "model.pt"))
         model.checkpoint = path
         return model
+
+
+def hugging_face_tensors(model):
+    """Yield (name, tensor) as transformers names and shapes them: Qwen2's trunk; a Soft MoE as Steel-LLM released it."""
+    config = model.config
+    yield "model.embed_tokens.weight", model.embedding
+    for i, block in enumerate(model.blocks):
+        layer, attention, ffn = f"model.layers.{i}.", block.attention, block.ffn
+        heads = [config.n_head, config.n_kv_head, config.n_kv_head]
+        for name, weight, bias in zip("qkv", attention.qkv.split(heads), attention.qkv_bias.split(heads)):
+            yield layer + f"self_attn.{name}_proj.weight", weight.flatten(0, 1)
+            yield layer + f"self_attn.{name}_proj.bias", bias.flatten()
+        yield layer + "self_attn.o_proj.weight", attention.out
+        yield layer + "input_layernorm.weight", block.attention_norm.weight
+        yield layer + "post_attention_layernorm.weight", block.ffn_norm.weight
+        if config.ffn == "dense":
+            yield from swiglu_tensors(layer + "mlp.", ffn.w_in, ffn.w_out)
+            continue
+        yield layer + "mlp.phi", ffn.phi.unflatten(1, (config.n_expert, -1))
+        yield layer + "mlp.scale", ffn.scale
+        if ffn.window > 1:
+            yield layer + "mlp.recency", ffn.recency
+        for e in range(config.n_expert):
+            yield from swiglu_tensors(layer + f"mlp.experts.{e}.", ffn.w_in[e], ffn.w_out[..., e, :, :])
+    yield "model.norm.weight", model.norm.weight
+    if not config.tie_embeddings:
+        yield "lm_head.weight", model.head
+
+
+def swiglu_tensors(prefix, w_in, w_out):
+    """w_in [2, h, D], w_out [h, D] (swiglu) or [2, h, D] (swiglu2, whose gates have two names)."""
+    twice = w_out.ndim == 3
+    yield prefix + ("gate_up_proj.weight" if twice else "gate_proj.weight"), w_in[0]
+    yield prefix + "up_proj.weight", w_in[1]
+    if twice:
+        yield prefix + "gate_down_proj.weight", w_out[0].T
+    yield prefix + "down_proj.weight", (w_out[1] if twice else w_out).T
 
 
 def read_tensors(path, device="cpu"):

@@ -85,15 +85,13 @@ def generate(model, ids, max_new_tokens, vocab_size, temperature=1.0, top_k=0, t
     ids [B, T], padded on the left with -1 where prompts are of unequal length. Ids from vocab_size on (padding of the
     embedding) are never picked. A model with dispatch = "sequence" has no cache and reads the whole text every time.
     """
-    config = model.config
-    max_new_tokens = min(max_new_tokens, config.block_size - ids.shape[1] + 1)
-    cached = config.ffn == "dense" or config.dispatch != "sequence"
-    cache = model.new_cache(len(ids), ids.shape[1] + max_new_tokens) if cached else None
+    max_new_tokens = min(max_new_tokens, model.config.block_size - ids.shape[1] + 1)
+    cache = model.new_cache(len(ids), ids.shape[1] + max_new_tokens) if model.has_cache else None
     for n in range(max_new_tokens):
         logits = model(ids, cache=cache)[:, -1, :vocab_size]
         new = pick(logits, temperature, top_k, top_p, generator)
         yield new
-        ids = new[:, None] if cached else torch.cat([ids, new[:, None]], dim=1)
+        ids = new[:, None] if cache is not None else torch.cat([ids, new[:, None]], dim=1)
 
 
 def until(ids, stop_ids):

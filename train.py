@@ -74,9 +74,10 @@ def get_args(argv=None, **defaults):
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; by default where a compiler is found")
     add("--verify", action="store_true", help="hash every shard before training on it")
     # Model
+    add("--reset-at-eos", action=argparse.BooleanOptionalAction, default=False, help="no reading back over an end of document")
     add("--preset", choices=PRESETS, default="demo", help="the model; any of its fields can be set by a flag of its own")
     for field in fields(Config):
-        if field.name == "vocab_size":  # follows from the data's tokenizer
+        if field.name in ("vocab_size", "reset_id"):  # follow from the data's tokenizer
             continue
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         add("--" + field.name.replace("_", "-"), choices=CHOICES.get(field.name), default=argparse.SUPPRESS, **kind)
@@ -325,7 +326,8 @@ def main(argv=None):
         dist.barrier()
     tokenizer = load_tokenizer(args.data)
     given = {field.name: getattr(args, field.name) for field in fields(Config) if hasattr(args, field.name)}
-    config = replace(PRESETS[args.preset], vocab_size=tokenizer.embedding_rows, **given)
+    reset_id = tokenizer.eos_id if args.reset_at_eos else -1
+    config = replace(PRESETS[args.preset], vocab_size=tokenizer.embedding_rows, reset_id=reset_id, **given)
     data, val = (TokenData(args.data, split, config.block_size, args.verify) for split in ("train", "val"))
     shards = [shard["sha256"]["tokens"] for shard in data.shards]
 

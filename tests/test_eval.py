@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, call, refused
-from test_model import small
+from test_model import CAUSAL_KINDS, small
 
-from eval import evaluate, text_blocks
+from eval import evaluate, leak, noise_loss, routing, text_blocks
+from model import Config
 from tokenizer import load_tokenizer
 
 
@@ -45,6 +46,55 @@ def test_of_too_many_blocks_evenly_spaced_ones_are_taken(small_data):
     assert some["loss"] == pytest.approx(evaluate(model, chosen, token_bytes)["loss"], abs=1e-6)
 
 
+@pytest.mark.parametrize("changes", CAUSAL_KINDS, ids=str)
+def test_three_ways_to_score_a_causal_model_agree(changes):
+    model, ids = small(torch.float32, **changes), torch.randint(50, (3, 21))
+    ids[1, 17:] = -1  # the end of a text
+    result = leak(model, ids)
+    blocks = [row.numpy() for row in ids]
+    assert result["teacher-forced"] == pytest.approx(evaluate(model, blocks, [b"x"] * 50)["loss"], abs=1e-5)
+    assert result["honest"] == pytest.approx(result["teacher-forced"], abs=1e-4)
+    assert result["cached"] == pytest.approx(result["teacher-forced"], abs=1e-4)
+
+
+def test_three_ways_to_score_the_published_layer_do_not_agree():
+    model, ids = small(torch.float32, dispatch="sequence"), torch.randint(50, (3, 21))
+    result = leak(model, ids)
+    assert abs(result["honest"] - result["teacher-forced"]) > 1e-3 and result["cached"] is None
+    nats = 0.0  # the honest loss by hand, of one text
+    for t in range(1, 21):
+        nats -= model(ids[:1, :t])[0, -1].double().log_softmax(0)[ids[0, t]].item()
+    assert leak(model, ids[:1])["honest"] == pytest.approx(nats / 20, abs=1e-5)
+
+
+@pytest.mark.parametrize("dispatch, peeks", [("causal", False), ("token", False), ("sequence", True)])
+def test_only_the_published_layer_predicts_noise(dispatch, peeks):
+    config = Config(n_layer=2, d_model=32, vocab_size=6, block_size=8, n_expert=4, slots_per_expert=2, dispatch=dispatch)
+    loss = noise_loss(config, steps=120)
+    if peeks:
+        assert loss < 1.5  # ln 6 = 1.79
+    else:
+        assert math.log(6) - 0.005 < loss < math.log(6) + 0.05
+
+
+@torch.no_grad()
+def test_routing_shows_what_the_layer_does():
+    model, ids = small(slots_per_expert=2, window=3), torch.randint(50, (1, 9))
+    inputs = []
+    for block in model.blocks:
+        block.ffn_norm.register_forward_hook(lambda module, args, output: inputs.append(output[0]))
+    combine, window = routing(model, ids)
+    for layer, (x, block) in enumerate(zip(inputs, model.blocks)):
+        unit = lambda v: v / v.norm(dim=0, keepdim=True)
+        logits = block.ffn.scale * unit(x.T).T @ unit(block.ffn.phi)
+        torch.testing.assert_close(combine[layer], logits.softmax(-1))
+        for t in range(9):
+            back = range(min(3, t + 1))
+            scores = torch.stack([logits[t - k] + block.ffn.recency[:, k] for k in back])
+            torch.testing.assert_close(window[layer, : len(back), t], scores.softmax(0))
+            assert not window[layer, len(back) :, t].any()
+
+
 def test_the_command(small_data, tmp_path):
     trained = call("train.py", "--data", small_data, "--out", tmp_path / "run", *TINY, "--steps", 2, "--save-every", 1)
     result = call("eval.py", tmp_path / "run", tmp_path / "run" / "step-00000001").stdout.splitlines()
@@ -60,3 +110,26 @@ def test_the_command(small_data, tmp_path):
     refused(call("eval.py", tmp_path / "run", "--text", tmp_path / "empty.txt", ok=False), "empty.txt is empty")
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
     refused(call("eval.py", tmp_path / "run", "--text", tmp_path / "bad.txt", ok=False), "bad.txt is not UTF-8 (byte 0)")
+
+
+def test_the_leak_and_the_routing_of_a_checkpoint(small_data, tmp_path):
+    call("train.py", "--data", small_data, "--out", tmp_path / "run", *TINY, "--steps", 2)
+    lines = call("eval.py", "--leak", tmp_path / "run").stdout.splitlines()
+    assert lines[-1].startswith("they agree to") and lines[-1].endswith("nothing leaks")
+    nats = [float(line.split()[1]) for line in lines[2:5]]
+    assert max(nats) - min(nats) < 1e-4
+    png = tmp_path / "routing.png"
+    shown = call("eval.py", "--routing", tmp_path / "run", "--prompt", "却说曹操", "--png", png).stdout
+    shares = {layer: 0.0 for layer in (0, 1)}
+    for line in shown.splitlines():
+        if line[:1].isdigit():
+            layer, slot, share, _, *weights = line.split()
+            shares[int(layer)] += float(share)
+            assert sum(map(float, weights)) == pytest.approx(1, abs=0.003) and len(weights) == 4
+    assert shares == {0: pytest.approx(1, abs=0.003), 1: pytest.approx(1, abs=0.003)}
+    assert png.read_bytes().startswith(b"\x89PNG")
+    call("train.py", "--data", small_data, "--out", tmp_path / "dense", *TINY, "--steps", 1, "--ffn", "dense")
+    refused(call("eval.py", "--routing", tmp_path / "dense", ok=False), "has no causal Soft MoE (ffn dense")
+    assert "it has no cache" not in call("eval.py", "--leak", tmp_path / "dense").stdout
+    call("train.py", "--data", small_data, "--out", tmp_path / "seq", *TINY, "--steps", 1, "--dispatch", "sequence")
+    assert "it has no cache" in call("eval.py", "--leak", tmp_path / "seq").stdout

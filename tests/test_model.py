@@ -1,13 +1,15 @@
 """The decoder: causality, decoding, the limits of the Soft MoE, the loss. All equalities against something independent."""
 
 import math
+import random
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model import PRESETS, Attention, Config, Decoder, Dense, SoftMoE, cross_entropy
+from model import PRESETS, Attention, Config, Decoder, Dense, SoftMoE, cross_entropy, hugging_face_tensors, place_tokens
 
 SMALL = Config(n_layer=2, d_model=24, n_head=4, n_kv_head=2, vocab_size=50, block_size=64, n_expert=3, tie_embeddings=False)
 CAUSAL_KINDS = [
@@ -15,7 +17,7 @@ CAUSAL_KINDS = [
     dict(slots_per_expert=2, window=3),
     dict(expert="swiglu2"),
     dict(expert="swiglu2", slots_per_expert=2, window=2),
-    dict(window=9),
+    dict(window=6),
     dict(window=1),
     dict(dispatch="token"),
     dict(dispatch="token", slots_per_expert=2),
@@ -29,6 +31,11 @@ def randomized(module, std=0.5):
         for p in module.parameters():
             p.copy_(torch.randn_like(p) * std)
     return module
+
+
+def place_of(x, config=SMALL):
+    """Where the rows of x [B, T, D] stand: a text from its beginning."""
+    return place_tokens(torch.zeros(x.shape[:2]), config, None, x.dtype)
 
 
 def small(dtype=torch.float64, **changes):
@@ -71,6 +78,39 @@ def test_the_published_layer_has_gradients_from_later_inputs():
     model, ids = small(dispatch="sequence"), torch.randperm(50)[None, :30]
     model(ids)[0, 11].square().sum().backward()
     assert (model.embedding.grad[ids[0, 12:]] != 0).any()
+
+
+def test_compiled_blocks_are_causal_to_the_last_bit():
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler")
+    model, ids = small(torch.float32), torch.randint(50, (2, 40))
+    for block in model.blocks:
+        block.compile()
+    changed = ids.clone()
+    changed[:, 20:] = (changed[:, 20:] + 1) % 50
+    before, after = model(ids), model(changed)
+    assert torch.equal(before[:, :20], after[:, :20]) and not torch.equal(before[:, 20], after[:, 20])
+
+
+# --- documents packed together
+
+
+@pytest.mark.parametrize("changes", CAUSAL_KINDS, ids=str)
+@torch.no_grad()
+def test_with_reset_a_packed_document_is_what_it_is_alone(changes):
+    model = small(reset_id=0, **changes)
+    documents = [F.pad(torch.randint(1, 50, (n,)), (1, 0)) for n in (5, 1, 12, 3, 0, 9)]  # each begins with the reset id
+    documents[0] = documents[0][1:]  # a block may begin in the midst of one
+    packed = torch.cat(documents)[None]
+    alone = torch.cat([model(document[None]) for document in documents], 1)
+    torch.testing.assert_close(model(packed), alone, rtol=0, atol=1e-10)
+    free = small(**changes)
+    free.load_state_dict(model.state_dict())
+    assert (free(packed) - alone)[0, len(documents[0]) :].abs().max() > 1e-3  # without it they are not
+    for sizes in ([len(packed[0])], [1] * len(packed[0]), [7, 1, 12, len(packed[0]) - 20]):
+        cache = model.new_cache(1, 64)
+        parts = [model(chunk, cache=cache) for chunk in packed.split(sizes, dim=1)]
+        torch.testing.assert_close(torch.cat(parts, 1), alone, rtol=0, atol=1e-10)
 
 
 # --- decoding
@@ -125,44 +165,101 @@ def test_a_full_cache_and_a_cache_for_the_published_layer_are_refused():
 
 
 def plain_soft_moe(layer, x):
-    """SoftMoE.forward for dispatch causal and token, from the formulas: every z built, every expert run, in loops."""
-    B, T, D = x.shape
-    E, P = layer.n_expert, layer.slots
-    W = layer.window
-    unit = lambda v: v / v.norm()
+    """SoftMoE.forward for dispatch causal and token, from the formulas: every z is built, every expert is run."""
+    (B, T, D), E, P, W = x.shape, layer.n_expert, layer.slots, layer.window
+    unit = lambda v, dim: v / v.norm(dim=dim, keepdim=True)
+    logits = layer.scale * unit(x, -1) @ unit(layer.phi, 0)  # [B, T, S]
+    combine = logits.softmax(-1)
+    back = torch.arange(T)[:, None] - torch.arange(T)
     y = torch.zeros_like(x)
-    for b in range(B):
-        logits = torch.stack(
-            [torch.stack([layer.scale[0] * unit(x[b, t]) @ unit(layer.phi[:, j]) for j in range(E * P)]) for t in range(T)]
-        )
-        for t in range(T):
-            c = logits[t].exp() / logits[t].exp().sum()
-            for j in range(E * P):
-                past = range(min(W, t + 1))
-                bias = layer.recency[j] if W > 1 else torch.zeros(1, dtype=x.dtype)
-                w = torch.stack([(logits[t - k, j] + bias[k]).exp() for k in past])
-                w = w / w.sum()
-                z = sum(w[k] * x[b, t - k] for k in past)
-                gate, up = layer.w_in[j // P]
-                hidden = F.silu(gate @ z) * (up @ z)
-                if layer.w_out.ndim == 3:
-                    out = hidden @ layer.w_out[j // P]
-                else:
-                    out = F.silu(hidden @ layer.w_out[0, j // P]) * (hidden @ layer.w_out[1, j // P])
-                y[b, t] += E * c[j] * out
+    for j in range(E * P):
+        bias = layer.recency[j] if W > 1 else x.new_zeros(1)
+        scores = logits[:, None, :, j] + bias[back.clamp(0, W - 1)]  # [B, T, T]: of the token in the column, read in the row
+        z = scores.masked_fill((back < 0) | (back >= W), -torch.inf).softmax(-1) @ x
+        gate, up = layer.w_in[j // P]
+        hidden = F.silu(z @ gate.T) * (z @ up.T)
+        if layer.w_out.ndim == 3:
+            out = hidden @ layer.w_out[j // P]
+        else:
+            out = F.silu(hidden @ layer.w_out[0, j // P]) * (hidden @ layer.w_out[1, j // P])
+        y = y + E * combine[:, :, j, None] * out
     return y
+
+
+def check_against_definition(layer, x):
+    """Outputs and the gradients of the input and of every parameter, to 1e-12 of the largest number among them."""
+    weight, inputs = torch.randn_like(x), [x.requires_grad_(), *layer.parameters()]
+    fused, plain = layer(x, place_of(x)), plain_soft_moe(layer, x)
+    pairs = [(fused, plain), *zip(*(torch.autograd.grad((y * weight).sum(), inputs) for y in (fused, plain)))]
+    for got, expected in pairs:
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12 * max(1, expected.abs().max().item()))
 
 
 @pytest.mark.parametrize("changes", [kind for kind in CAUSAL_KINDS if "ffn" not in kind], ids=str)
 def test_the_fused_layer_is_its_definition_with_all_gradients(changes):
     layer = randomized(SoftMoE(replace(SMALL, **changes)).double())
-    x = torch.randn(2, 11, 24, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn_like(x)
-    inputs = [x, *layer.parameters()]
-    fused, plain = layer(x), plain_soft_moe(layer, x)
-    torch.testing.assert_close(fused, plain, rtol=0, atol=1e-12)
-    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), inputs) for y in (fused, plain))):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+    check_against_definition(layer, torch.randn(2, 11, 24, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_fused_layer_is_its_definition_at_any_size_and_with_extreme_routers(seed):
+    draw = random.Random(seed)
+    T, W = (draw.randint(1, 300), draw.randint(1, 16)) if seed else (300, 16)
+    config = replace(
+        SMALL, window=W, n_expert=draw.randint(1, 4), slots_per_expert=draw.randint(1, 3), d_model=8, d_expert=draw.randint(1, 9),
+        expert=draw.choice(["swiglu", "swiglu2"]),
+    )  # fmt: skip
+    layer = randomized(SoftMoE(config).double())
+    with torch.no_grad():
+        layer.scale.fill_(30 * draw.choice([1, -1]))  # logits reach +-30
+        if W > 1:
+            layer.recency.uniform_(-50, 50)
+    check_against_definition(layer, torch.randn(1, T, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", [dict(), dict(slots_per_expert=2), dict(dispatch="token"), dict(dispatch="sequence")], ids=str)
+def test_huge_logits_give_no_nan(changes, dtype):
+    layer = randomized(SoftMoE(replace(SMALL, **changes)))
+    for scale in (1e2, 1e4, -1e4):
+        with torch.no_grad():
+            layer.scale.fill_(scale)
+        layer.zero_grad()
+        x = torch.randn(2, 20, 24, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = layer(x, place_of(x))
+        y.float().square().mean().backward()
+        assert all(torch.isfinite(a).all() for a in (y, x.grad, *(p.grad for p in layer.parameters())))
+
+
+def released_steel_layer(x, tensors):
+    """Steel-LLM's Soft MoE on one text, x [T, D], from its formulas and its tensors' names."""
+    phi, scale = tensors["phi"], tensors["scale"]
+    D, E, P = phi.shape
+    x = x / x.norm(dim=-1, keepdim=True)
+    logits = torch.einsum("td,dep->tep", x, scale * phi / phi.norm(dim=0, keepdim=True))
+    dispatch = logits.exp() / logits.exp().sum(0, keepdim=True)
+    combine = logits.exp() / logits.exp().sum((1, 2), keepdim=True)
+    y = torch.zeros_like(x)
+    for e in range(E):
+        w = {name: tensors[f"experts.{e}.{name}.weight"] for name in ("gate_up_proj", "up_proj", "gate_down_proj", "down_proj")}
+        for p in range(P):
+            slot = sum(dispatch[t, e, p] * x[t] for t in range(len(x)))
+            hidden = F.silu(w["gate_up_proj"] @ slot) * (w["up_proj"] @ slot)
+            out = F.silu(w["gate_down_proj"] @ hidden) * (w["down_proj"] @ hidden)
+            y = y + combine[:, e, p, None] * out
+    return y
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@torch.no_grad()
+def test_sequence_dispatch_is_the_released_layer(slots):
+    model = small(dispatch="sequence", expert="swiglu2", slots_per_expert=slots)
+    prefix = "model.layers.1.mlp."
+    tensors = {name.removeprefix(prefix): p for name, p in hugging_face_tensors(model) if name.startswith(prefix)}
+    x = torch.randn(3, 17, 24, dtype=torch.float64)
+    expected = torch.stack([released_steel_layer(row, tensors) for row in x])
+    torch.testing.assert_close(model.blocks[1].ffn(x, None), expected, rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
@@ -182,7 +279,7 @@ def test_a_window_over_the_whole_text_is_the_published_layer_at_its_end(expert):
     causal.recency.zero_()
     published.load_state_dict({k: v for k, v in causal.state_dict().items() if k != "recency"})
     x = F.normalize(torch.randn(2, T, 24, dtype=torch.float64), dim=-1)  # the published experts read unit-length inputs
-    torch.testing.assert_close(causal(x)[:, -1], causal.n_expert * published(x)[:, -1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(causal(x, place_of(x))[:, -1], causal.n_expert * published(x, None)[:, -1], rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
@@ -193,18 +290,16 @@ def test_uniform_combine_on_single_tokens_is_the_dense_layer():
     dense.w_in.copy_(layer.w_in.transpose(0, 1).flatten(1, 2))
     dense.w_out.copy_(layer.w_out.flatten(0, 1))
     x = torch.randn(2, 7, 24, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(layer(x, place_of(x)), dense(x, None), rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
 def test_attention_against_loops():
     config = replace(SMALL, n_layer=1)
     layer = randomized(Attention(config).double())
-    from model import rotary_angles
-
     T, K = 6, 6
     x = torch.randn(1, T, 24, dtype=torch.float64)
-    got = layer(x, rotary_angles(torch.arange(T)[None], K, config.rope_base, torch.float64))[0]
+    got = layer(x, place_of(x))[0]
     heads = (torch.einsum("td,rkd->trk", x[0], layer.qkv) + layer.qkv_bias).tolist()
 
     def turned(vector, t):  # half-split rotation as complex multiplication
@@ -270,7 +365,12 @@ def test_autocast_to_bfloat16_stays_near_fp32(changes):
 
 def test_sizes_of_the_presets():
     with torch.device("meta"):
-        assert Decoder(replace(PRESETS["steel-1b"], dispatch="sequence")).n_params() == 1_122_922_770
+        steel = Decoder(replace(PRESETS["steel-1b"], dispatch="sequence"))
+        assert steel.n_params() == 1_122_922_770
+        tensors = dict(hugging_face_tensors(steel))
+        assert len(tensors) == 633 and sum(p.numel() for p in tensors.values()) == 1_122_922_770
+        assert tensors["model.layers.17.mlp.phi"].shape == (1792, 6, 1)
+        assert tensors["model.layers.0.mlp.experts.5.gate_down_proj.weight"].shape == (1792, 448)
         assert Decoder(PRESETS["steel-1b"]).n_params() == 1_122_922_770 + 18 * 6 * 4  # b: slots x window, a layer
         assert 90e6 < Decoder(PRESETS["small"]).n_params() < 110e6
         soft, dense = (Decoder(replace(PRESETS["steel-1b"], ffn=ffn, dispatch="token")) for ffn in ("soft_moe", "dense"))

@@ -18,6 +18,7 @@ from conftest import ROOT, TINY, call, python, refused, torchrun
 
 from model import Config, Decoder, checkpoint_problem
 from prepare import TokenData
+from tokenizer import load_tokenizer
 from train import batch_at, data_order, get_args, lr_factor, make_optimizers, orthogonalized
 
 # --- order of the data
@@ -253,6 +254,13 @@ def test_a_pickle_in_the_place_of_weights_is_not_run(whole, tmp_path):
     (path / "sha256.json").write_text(json.dumps(hashes))
     refused(call("sample.py", path, ok=False), "model.pt is not a file of tensors")
     assert not (tmp_path / "executed").exists()
+
+
+def test_reset_at_eos_reaches_the_model_and_its_sampler(small_data, tmp_path):
+    train(small_data, tmp_path, "--steps", 1, "--reset-at-eos")
+    model = Decoder.load(tmp_path)
+    assert model.config.reset_id == load_tokenizer(small_data).eos_id
+    assert call("sample.py", tmp_path, "--prompt", "却说", "--max-new-tokens", 5).stdout.splitlines()[1].startswith("却说")
 
 
 def test_old_checkpoints_go_and_those_of_keep_every_stay(small_data, tmp_path):
