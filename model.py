@@ -36,7 +36,7 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Config:
-    n_layer: int = 4
+    n_layer: int = 3
     d_model: int = 128
     n_head: int = 4
     n_kv_head: int = 4
@@ -49,7 +49,7 @@ class Config:
     slots_per_expert: int = 1
     expert: str = "swiglu"  # or swiglu2: the second layer is gated as well, as in Steel-LLM
     d_expert: int = 0  # hidden width of an expert; 0: so that the layer has about 8 d_model^2 weights
-    tie_embeddings: bool = True
+    tie_embeddings: bool = False
     reset_id: int = -1  # nothing reads back over this id, which begins a document; -1: texts packed together see each other
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6
@@ -86,10 +86,12 @@ class Config:
 
 PRESETS = {
     "demo": Config(),
-    "small": Config(n_layer=12, d_model=768, n_head=12, n_kv_head=12, vocab_size=16_384, block_size=1024),
+    "small": Config(
+        n_layer=12, d_model=768, n_head=12, n_kv_head=12, vocab_size=16_384, block_size=1024, tie_embeddings=True
+    ),
     "steel-1b": Config(
         n_layer=18, d_model=1792, n_head=32, n_kv_head=32, vocab_size=151_936, block_size=2048,
-        n_expert=6, d_expert=448, expert="swiglu2", tie_embeddings=False, rope_base=1_000_000.0,
+        n_expert=6, d_expert=448, expert="swiglu2", rope_base=1_000_000.0,
     ),
 }  # fmt: skip
 

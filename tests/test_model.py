@@ -166,7 +166,7 @@ def test_a_full_cache_and_a_cache_for_the_published_layer_are_refused():
 
 def plain_soft_moe(layer, x):
     """SoftMoE.forward for dispatch causal and token, from the formulas: every z is built, every expert is run."""
-    (B, T, D), E, P, W = x.shape, layer.n_expert, layer.slots, layer.window
+    T, E, P, W = x.shape[1], layer.n_expert, layer.slots, layer.window
     unit = lambda v, dim: v / v.norm(dim=dim, keepdim=True)
     logits = layer.scale * unit(x, -1) @ unit(layer.phi, 0)  # [B, T, S]
     combine = logits.softmax(-1)

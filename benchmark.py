@@ -1,0 +1,121 @@
+"""What the causal Soft MoE costs, next to a dense layer of equal parameters. Ratios of one run on an otherwise idle machine.
+
+    python benchmark.py                   # width 512, 6 experts, 1,024 tokens, compiled
+    python benchmark.py --no-compile
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import time
+
+import torch
+
+from model import Config, Decoder, Dense, SoftMoE, place_tokens
+from train import keep_large_buffers
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--d-model", type=int, default=512)
+    parser.add_argument("--n-expert", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=4096, help="in one forward pass, at any length of text")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    args = parser.parse_args(argv)
+    args.config = Config(d_model=args.d_model, n_expert=args.n_expert, n_layer=1, vocab_size=256)
+    return args
+
+
+def make_layer(kind, args):
+    layer = Dense(args.config) if kind == "dense" else SoftMoE(args.config)
+    for name, p in layer.named_parameters():
+        torch.nn.init.normal_(p, std=args.d_model**-0.5)
+    if args.compile:
+        layer.compile()
+    return layer
+
+
+def step_of(layer, T, args):
+    """A function that runs forward and backward once, on args.tokens tokens in texts of T."""
+    x = torch.randn(args.tokens // T, T, args.d_model, requires_grad=True)
+    place = place_tokens(torch.zeros(1, T), args.config, None, torch.float32)
+
+    def step():
+        layer(x, place).sum().backward()
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+
+    return step
+
+
+def seconds(steps, repeats):
+    """Medians of several functions' times, taken in turns, so that a slow spell of the machine hits all of them."""
+    for step in steps * 3:
+        step()
+    times = [[] for _ in steps]
+    for _ in range(repeats):
+        for step, own in zip(steps, times):
+            start = time.perf_counter()
+            step()
+            own.append(time.perf_counter() - start)
+    return [statistics.median(own) for own in times]
+
+
+def peak_memory(kind, args, queue):
+    """Bytes by which the first steps raise the peak of a fresh process (the second run of the same shape needs no more)."""
+    layer = make_layer(kind, args)
+    step_of(layer, 1024, argparse.Namespace(**vars(args) | {"tokens": 1024}))()  # code is made and loaded
+    step = step_of(layer, 1024, args)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step()
+    queue.put(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+
+
+def main(argv=None):
+    args = get_args(argv)
+    keep_large_buffers()
+    torch.manual_seed(0)
+    layers = {kind: make_layer(kind, args) for kind in ("dense", "causal")}
+    count = {kind: sum(p.numel() for p in layer.parameters()) for kind, layer in layers.items()}
+    print(f"{torch.get_num_threads()} threads, width {args.d_model}, {args.n_expert} experts, window {args.config.window}, "
+          f"{args.tokens:,} tokens, {'compiled' if args.compile else 'eager'}; "
+          f"parameters: dense {count['dense']:,}, causal {count['causal']:,}")  # fmt: skip
+
+    dense, causal = seconds([step_of(layers[kind], 1024, args) for kind in ("dense", "causal")], args.repeats)
+    print(f"forward + backward at T = 1024: dense {1000 * dense:.1f} ms, causal {1000 * causal:.1f} ms: {causal / dense:.3f}x")
+
+    spawn, peak = multiprocessing.get_context("spawn"), {}
+    for kind in ("dense", "causal"):
+        queue = spawn.Queue()
+        process = spawn.Process(target=peak_memory, args=(kind, args, queue))
+        process.start()
+        peak[kind] = queue.get()
+        process.join()
+    print(f"peak memory of a step: dense {peak['dense'] / 1e6:.0f} MB, causal {peak['causal'] / 1e6:.0f} MB: "
+          f"{peak['causal'] / peak['dense']:.3f}x")  # fmt: skip
+
+    lengths = (512, 1024, 2048, 4096)
+    times = seconds([step_of(layers["causal"], T, args) for T in lengths], args.repeats)
+    cells = ", ".join(f"{T}: {1e6 * t / args.tokens:.2f}" for T, t in zip(lengths, times))
+    print(f"microseconds a token at T = {cells}: within {100 * (max(times) / min(times) - 1):.0f} %")
+
+    # Decoding: one new token behind texts of several lengths, the Soft MoE layer alone
+    model = Decoder(args.config).eval()
+    steps, caches = [], []
+    for length in (64, 256, 1024, 4096):
+        cache = model.new_cache(1, length + 1)
+        cache.length = length
+        x, place = torch.randn(1, 1, args.d_model), place_tokens(torch.zeros(1, 1), args.config, cache, torch.float32)
+        steps.append(torch.no_grad()(lambda x=x, place=place, cache=cache: model.blocks[0].ffn(x, place, cache, 0)))
+        caches.append(cache)
+    times = seconds(steps, 20 * args.repeats)
+    print("decoding, microseconds a token behind 64, 256, 1024, 4096 tokens: " + ", ".join(f"{1e6 * t:.0f}" for t in times)
+          + f"; state: {', '.join(str(cache.recent.numel()) for cache in caches)} numbers")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Does the causal Soft MoE help, and if so, why? Every variant at equal parameters, data, steps and recipe.
+
+    python study.py                                       # everything; about 90 minutes on two cores; goes on where it stopped
+    python study.py --only dense causal --seeds 1         # some of it
+    python study.py --steps 4 --out /tmp/quick            # a test that it runs
+
+A run is one call of train.py on one thread. Two run side by side. out/study/NAME-SEED keeps what a run found.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import train
+from eval import leak
+from model import Decoder, Dense
+from prepare import TokenData
+
+# name -> flags of train.py, number of seeds
+VARIANTS = {
+    "dense": ("--ffn dense", 3),
+    "token": ("--dispatch token", 3),
+    "causal": ("", 3),  # W = 4
+    "convolution": ("--ffn dense", 3),
+    "decay": ("--ffn dense", 1),
+    "causal-w2": ("--window 2", 1),
+    "causal-w8": ("--window 8", 1),
+    "causal-w16": ("--window 16", 1),
+    "causal-p2": ("--slots-per-expert 2", 1),
+    "causal-swiglu2": ("--expert swiglu2", 1),
+    "token-swiglu2": ("--expert swiglu2 --dispatch token", 1),
+    "sequence": ("--dispatch sequence", 1),
+}
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants to run")
+    parser.add_argument("--seeds", type=int, help="of each variant, instead of its own number")
+    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--data", default=train.DEFAULT_DATA)
+    parser.add_argument("--out", type=Path, default=Path("out/study"))
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side, a thread each")
+    parser.add_argument("--flags", default="", help="more flags of train.py for every run, in one string")
+    parser.add_argument("--run", nargs=2, metavar=("NAME", "SEED"), help=argparse.SUPPRESS)  # one run: what a worker calls
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Candidates from outside: the same dense layer behind another way of mixing with the tokens before
+
+
+class Convolution(Dense):
+    """A depthwise causal convolution over the last 4 tokens: a weight per channel and distance, the same everywhere."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.recency = nn.Parameter(torch.empty(config.d_model, 4))  # named so that it learns at the router's rate
+
+    def start(self):
+        nn.init.zeros_(self.recency)
+        self.recency[:, 0] = 1.0
+
+    def forward(self, x, place, cache=None, layer=0):
+        T = x.shape[1]
+        padded = F.pad(x, (0, 0, 3, 0))
+        return super().forward(sum(self.recency[:, k] * padded[:, 3 - k : 3 - k + T] for k in range(4)), place)
+
+
+class Decay(Dense):
+    """The mean of all tokens so far, weighted exp(-rate * distance), with a bonus for the token itself; 8 groups of channels."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.recency = nn.Parameter(torch.empty(8, 2))  # rate, bonus
+
+    def start(self):
+        self.recency[:, 0] = torch.linspace(0.1, 2.0, 8)
+        self.recency[:, 1] = 2.0
+
+    def forward(self, x, place, cache=None, layer=0):
+        T = x.shape[1]
+        distance = torch.arange(T, device=x.device)[:, None] - torch.arange(T, device=x.device)
+        rate, bonus = self.recency[:, :1, None], self.recency[:, 1:, None]
+        scores = (bonus * (distance == 0) - rate.abs() * distance).masked_fill(distance < 0, -torch.inf)  # [8, T, T]
+        groups = x.unflatten(-1, (8, -1)).transpose(1, 2)  # [B, 8, T, D / 8]
+        return super().forward((scores.softmax(-1) @ groups).transpose(1, 2).flatten(2), place)
+
+
+class Candidate(Decoder):
+    """A decoder whose dense layers are of another class; set `layer` first. It keeps no state for decoding."""
+
+    layer = None
+    has_cache = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.blocks:
+            dense, block.ffn = block.ffn, self.layer(config)
+            with torch.no_grad():
+                block.ffn.start()
+            block.ffn.load_state_dict(dense.state_dict(), strict=False)  # all but the mixing starts as the dense layer
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def run_one(name, seed, args):
+    """Train one variant and write what it found to result.json."""
+    out = args.out / f"{name}-{seed}"
+    if name in ("convolution", "decay"):
+        Candidate.layer = {"convolution": Convolution, "decay": Decay}[name]
+        train.Decoder = Candidate
+    flags = f"--data {args.data} --out {out} --seed {seed} --steps {args.steps} --eval-every 0 --save-every 200 --keep 1"
+    again = ["--resume"] if any(out.glob("step-*")) else []
+    train.main([*flags.split(), *VARIANTS[name][0].split(), *args.flags.split(), *again])
+    model = train.Decoder.load(out)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    loss, bpb = next((line["val_loss"], line["val_bpb"]) for line in reversed(lines) if "val_loss" in line)
+    result = {"loss": loss, "bpb": bpb, "parameters": model.n_params(), "forced": loss,
+              "speed": statistics.median(line["tokens_per_second"] for line in lines if "loss" in line),
+              "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # fmt: skip
+    if name == "sequence":  # its own loss says nothing: every target is scored from the tokens before it
+        val = TokenData(args.data, "val", model.config.block_size)
+        chosen = np.linspace(0, len(val) - 1, num=min(len(val), 256), dtype=np.int64)
+        scores = leak(model, torch.from_numpy(np.stack([val[i] for i in chosen])))
+        result |= {"loss": scores["honest"], "bpb": bpb * scores["honest"] / loss, "forced": scores["teacher-forced"]}
+    elif name.startswith("causal"):
+        result["state"] = model.new_cache(1, 1).recent[0].numel()
+    (out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+def run_all(args):
+    """Every run that has no result yet, args.workers at a time."""
+    seeds = {name: args.seeds or VARIANTS[name][1] for name in args.only}
+    todo = [(name, seed) for seed in range(max(seeds.values())) for name in args.only if seed < seeds[name]]
+    todo = [run for run in todo if not (args.out / f"{run[0]}-{run[1]}" / "result.json").exists()]
+    failed = []
+
+    def work():
+        while todo:
+            name, seed = todo.pop(0)
+            args.out.mkdir(parents=True, exist_ok=True)
+            log = args.out / f"{name}-{seed}.log"
+            command = [sys.executable, __file__, "--run", name, str(seed), "--steps", str(args.steps), "--data", args.data]
+            with open(log, "w", encoding="utf-8") as file:
+                code = subprocess.run(
+                    [*command, "--out", str(args.out), f"--flags={args.flags}"], stdout=file, stderr=subprocess.STDOUT,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                ).returncode  # fmt: skip
+            if code:
+                failed.append(str(log))
+            print(f"{name}-{seed}: " + (f"failed, see {log}" if code else "done"), file=sys.stderr, flush=True)
+
+    threads = [threading.Thread(target=work) for _ in range(args.workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise SystemExit(f"these runs failed: {', '.join(failed)}")
+
+
+def print_table(args):
+    print(f"| variant | parameters | seeds | val loss | spread | val bpb | tok/s | memory, MB | state |\n|{'---|' * 9}")
+    for name in args.only:
+        paths = sorted(args.out.glob(f"{name}-[0-9]/result.json"))
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        mean = {key: statistics.mean(result[key] for result in results) for key in ("loss", "bpb", "speed", "memory")}
+        losses = [result["loss"] for result in results]
+        spread = f"{max(losses) - min(losses):.4f}" if len(losses) > 1 else ""
+        leaky = f" (it claims {results[0]['forced']:.4f})" if name == "sequence" else ""
+        state = "none: no cache" if name in ("sequence",) else results[0].get("state", 0 if name in ("dense", "token") else "")
+        print(f"| {name} | {results[0]['parameters']:,} | {len(losses)} | {mean['loss']:.4f}{leaky} | {spread} | {mean['bpb']:.4f} | "
+              f"{mean['speed']:,.0f} | {mean['memory'] / 1e6:,.0f} | {state} |")  # fmt: skip
+
+
+def main(argv=None):
+    args = get_args(argv)
+    if args.run:
+        return run_one(args.run[0], int(args.run[1]), args)
+    run_all(args)
+    print_table(args)
+
+
+if __name__ == "__main__":
+    main()
