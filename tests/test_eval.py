@@ -70,9 +70,9 @@ def test_three_ways_to_score_the_published_layer_do_not_agree():
 @pytest.mark.parametrize("dispatch, peeks", [("causal", False), ("token", False), ("sequence", True)])
 def test_only_the_published_layer_predicts_noise(dispatch, peeks):
     config = Config(n_layer=2, d_model=32, vocab_size=6, block_size=8, n_expert=4, slots_per_expert=2, dispatch=dispatch)
-    loss = noise_loss(config, steps=120)
+    loss = noise_loss(config, steps=120, batch_tokens=512)
     if peeks:
-        assert loss < 1.5  # ln 6 = 1.79
+        assert loss < 1.6  # ln 6 = 1.79
     else:
         assert math.log(6) - 0.005 < loss < math.log(6) + 0.05
 
