@@ -15,6 +15,7 @@ bpb          bits per byte of text: comparable between models with different tok
 import argparse
 import json
 import math
+import signal
 import sys
 from pathlib import Path
 
@@ -31,7 +32,7 @@ MAX_TOKENS = 1 << 20  # enough for bits per byte to be sure in the third decimal
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("checkpoints", nargs="*", default=["out"], metavar="CHECKPOINT", help="step or run directories")
+    parser.add_argument("checkpoints", nargs="*", default=["out"], metavar="CHECKPOINT", help="step or run directories (default: the newest run under out)")
     scored = parser.add_mutually_exclusive_group()
     scored.add_argument("--data", help="a prepared folder, instead of the one the checkpoint was trained on")
     scored.add_argument("--text", help="a UTF-8 file to score instead")
@@ -201,12 +202,14 @@ def print_routing(model, tokenizer, prompt, png):
     config = model.config
     if config.ffn != "soft_moe" or config.dispatch == "sequence":
         raise SystemExit(f"--routing: {model.checkpoint} has no causal Soft MoE (ffn {config.ffn}, dispatch {config.dispatch})")
-    ids = [tokenizer.eos_id, *tokenizer.encode(prompt)][: config.block_size]
+    ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
+    if len(ids) > config.block_size:
+        raise SystemExit(f"the prompt has {len(ids)} tokens, the model's context is {config.block_size}: shorten it")
     combine, window = routing(model, torch.tensor([ids], device=model.embedding.device))
     pieces = [tokenizer.decode([i]).replace("\n", "⏎") or "□" for i in ids]
     E, colour = config.n_expert, sys.stdout.isatty()
     shares = combine.unflatten(-1, (E, -1)).sum(-1)  # [L, T, E]
-    print("the expert with the largest share of each token" + (", by colour" if colour else ""))
+    print("the expert with the largest share of each token, □ is the beginning" + (", by colour" if colour else ""))
     for layer, rows in enumerate(shares):
         tokens = zip(pieces, rows.argmax(-1).tolist())
         print(f"layer {layer}  " + "".join(f"\033[{41 + e % 6}m{piece}\033[0m" if colour else f"{piece}[{e}]" for piece, e in tokens))
@@ -257,9 +260,7 @@ def main(argv=None):
     device = choose_device(args.device)
     if args.noise:
         return print_noise()
-    if not (args.leak or args.routing):
-        print(f"{'checkpoint':<32}{'loss':>9}{'perplexity':>12}{'bpb':>9}{'tokens':>11}")
-    for given in args.checkpoints:
+    for i, given in enumerate(args.checkpoints):
         model = Decoder.load(given).to(device)
         path, config, tokenizer = model.checkpoint, model.config, load_tokenizer(model.checkpoint)
         if args.routing:
@@ -276,10 +277,13 @@ def main(argv=None):
             print_leak(model, blocks, tokenizer.token_bytes, device)
             continue
         result = evaluate(model, blocks, tokenizer.token_bytes, device)
+        if i == 0:
+            print(f"{'checkpoint':<32}{'loss':>9}{'perplexity':>12}{'bpb':>9}{'tokens':>11}")
         leaky = "  leaky: it reads what it predicts" if config.ffn == "soft_moe" and config.dispatch == "sequence" else ""
         print(f"{str(path):<32}{result['loss']:>9.4f}{result['perplexity']:>12.2f}{result['bpb']:>9.4f}"
               f"{result['tokens']:>11,}{leaky}")  # fmt: skip
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     main()

@@ -20,6 +20,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -341,8 +342,8 @@ def prepare(inputs, out, tokenizer="sp", vocab_size=8192):
     if (out / "manifest.json").exists():
         raise SystemExit(f"{out} is prepared already: choose another --out, or delete the folder")
     parts = file_parts(inputs) if inputs else default_parts()
-    if not any(True for source, *_, documents in parts for _ in Ledger().cleaned(source, documents())):
-        raise SystemExit(f"no text in {', '.join(map(str, inputs))}: every document was empty")
+    if not any(split == "train" for source, *_, documents in parts for _, split in Ledger().cleaned(source, documents())):
+        raise SystemExit(f"no text to train on in {', '.join(map(str, inputs))}: every document was empty or held out; give more")
     out.mkdir(parents=True, exist_ok=True)
 
     if tokenizer == "sp":
@@ -450,8 +451,9 @@ class TokenData:
 def main(argv=None):
     args = get_args(argv)
     prepare(args.inputs, args.out, args.tokenizer, args.vocab_size)
-    print(f"next: python train.py --data {args.out}")
+    print(f"next: python train.py --data {args.out} --out out/{args.out.name}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     main()

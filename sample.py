@@ -8,6 +8,7 @@ Text streams as it is made, whole characters at a time.
 """
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("checkpoint", nargs="?", default="out", metavar="CHECKPOINT", help="step or run directory")
+    parser.add_argument("checkpoint", nargs="?", default="out", metavar="CHECKPOINT", help="step or run directory; out: its newest run")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", help="text to continue")
     prompt.add_argument("--file", help="a UTF-8 file with the text to continue")
@@ -140,4 +141,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     main()

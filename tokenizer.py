@@ -156,7 +156,7 @@ def train_sentencepiece(texts, vocab_size, path):
     except RuntimeError as error:
         if refusal:
             raise refusal
-        reason = str(error).strip().splitlines()[-1]
+        reason = re.sub(r"^.*\] *", "", str(error).strip().splitlines()[-1])
         raise SystemExit(f"no tokenizer of {vocab_size} pieces from this text ({reason}): more text, or another --vocab-size")
     if refusal:
         raise refusal

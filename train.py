@@ -46,12 +46,12 @@ def get_args(argv=None, **defaults):
     add = parser.add_argument
     add("--data", default=DEFAULT_DATA, help="folder made by prepare.py; the default one is made when missing")
     add("--out", default="out/demo", help="run directory")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --out, with the flags of that run")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out, with that run's flags where none is given")
     add("--seed", type=int, default=0, help="of the initialisation and of the order of the data")
     # How long, how much at a time
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="length of the run and of its schedule")
-    length.add_argument("--minutes", type=float, help="the same as training time; 10 where --steps is not given")
+    length.add_argument("--minutes", type=float, help="length as time spent on steps; 10 if neither is given")
     add("--micro-batch", type=int, default=16, help="sequences in one forward pass")
     add("--batch-tokens", type=int, help="tokens of a step, over all ranks; by default one micro-batch on each")
     # Optimization
@@ -275,7 +275,7 @@ def peak_flops(device):
     """FLOP/s that a matmul reaches on a CPU (measured), bf16 peak of known GPUs (published), else None."""
     if device == "cpu":
         a, best = torch.randn(1024, 1024), math.inf
-        for _ in range(5):
+        for _ in range(20):
             start = time.perf_counter()
             a @ a
             best = min(best, time.perf_counter() - start)
@@ -326,6 +326,8 @@ def main(argv=None):
         prepare([], Path(args.data))
     if world > 1:
         dist.barrier()
+    if not Path(args.data, "manifest.json").exists():
+        raise SystemExit(f"no data in {args.data}: python prepare.py FILE_OR_DIR --out {args.data}")
     tokenizer = load_tokenizer(args.data)
     given = {field.name: getattr(args, field.name) for field in fields(Config) if hasattr(args, field.name)}
     reset_id = tokenizer.eos_id if args.reset_at_eos else -1
@@ -420,6 +422,8 @@ def main(argv=None):
             text = tokenizer.decode(start) + " | " + tokenizer.decode([i.item() for i in new])
             say("    " + text.replace("\n", " "))
 
+    if compiled:
+        say("compiling: the first step takes up to a minute")
     bytes_per_token = sum(s["bytes"] for s in data.shards) / sum(s["tokens"] for s in data.shards)
     last_saved = step if checkpoint else None
     while progress() < 1 and not stop:
