@@ -6,14 +6,16 @@
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
 from model import Config, Decoder, Dense, SoftMoE, place_tokens
 from train import keep_large_buffers
+
+TOKENS = 4096  # in one forward pass, at any length of text
 
 
 def get_args(argv=None):
@@ -22,7 +24,6 @@ def get_args(argv=None):
     )
     parser.add_argument("--d-model", type=int, default=512)
     parser.add_argument("--n-expert", type=int, default=6)
-    parser.add_argument("--tokens", type=int, default=4096, help="in one forward pass, at any length of text")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args(argv)
@@ -40,8 +41,8 @@ def make_layer(kind, args):
 
 
 def step_of(layer, T, args):
-    """A function that runs forward and backward once, on args.tokens tokens in texts of T."""
-    x = torch.randn(args.tokens // T, T, args.d_model, requires_grad=True)
+    """A function that runs forward and backward once, on TOKENS tokens in texts of T."""
+    x = torch.randn(TOKENS // T, T, args.d_model, requires_grad=True)
     place = place_tokens(torch.zeros(1, T), args.config, None, torch.float32)
 
     def step():
@@ -66,13 +67,18 @@ def seconds(steps, repeats):
 
 
 def peak_memory(kind, args, queue):
-    """Bytes by which the first steps raise the peak of a fresh process (the second run of the same shape needs no more)."""
-    layer = make_layer(kind, args)
-    step_of(layer, 1024, argparse.Namespace(**vars(args) | {"tokens": 1024}))()  # code is made and loaded
-    step = step_of(layer, 1024, args)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Bytes of resident memory that a step needs beyond what stays: for a process of its own, on Linux."""
+    step = step_of(make_layer(kind, args), 1024, args)
+    step()  # makes the code; large buffers go back to the kernel afterwards, as glibc does by default
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = resident("VmRSS")
     step()
-    queue.put(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    queue.put(resident("VmHWM") - before)
+
+
+def resident(key):
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(lines[key].split()[0])
 
 
 def main(argv=None):
@@ -82,7 +88,7 @@ def main(argv=None):
     layers = {kind: make_layer(kind, args) for kind in ("dense", "causal")}
     count = {kind: sum(p.numel() for p in layer.parameters()) for kind, layer in layers.items()}
     print(f"{torch.get_num_threads()} threads, width {args.d_model}, {args.n_expert} experts, window {args.config.window}, "
-          f"{args.tokens:,} tokens, {'compiled' if args.compile else 'eager'}; "
+          f"{TOKENS:,} tokens, {'compiled' if args.compile else 'eager'}; "
           f"parameters: dense {count['dense']:,}, causal {count['causal']:,}")  # fmt: skip
 
     dense, causal = seconds([step_of(layers[kind], 1024, args) for kind in ("dense", "causal")], args.repeats)
@@ -98,17 +104,21 @@ def main(argv=None):
     print(f"peak memory of a step: dense {peak['dense'] / 1e6:.0f} MB, causal {peak['causal'] / 1e6:.0f} MB: "
           f"{peak['causal'] / peak['dense']:.3f}x")  # fmt: skip
 
-    lengths = (512, 1024, 2048, 4096)
-    times = seconds([step_of(layers["causal"], T, args) for T in lengths], args.repeats)
-    cells = ", ".join(f"{T}: {1e6 * t / args.tokens:.2f}" for T, t in zip(lengths, times))
+    lengths, steps = (512, 1024, 2048, 4096), []
+    for T in lengths:  # each with code of its own: the compiler specialises the first shape that it sees
+        torch.compiler.reset()
+        steps.append(step_of(make_layer("causal", args), T, args))
+        steps[-1]()
+    times = seconds(steps, args.repeats)
+    cells = ", ".join(f"{T}: {1e6 * t / TOKENS:.2f}" for T, t in zip(lengths, times))
     print(f"microseconds a token at T = {cells}: within {100 * (max(times) / min(times) - 1):.0f} %")
 
     # Decoding: one new token behind texts of several lengths, the Soft MoE layer alone
-    model = Decoder(args.config).eval()
+    model = Decoder(args.config)
     steps, caches = [], []
     for length in (64, 256, 1024, 4096):
         cache = model.new_cache(1, length + 1)
-        cache.length = length
+        model(torch.randint(256, (1, length)), cache=cache)
         x, place = torch.randn(1, 1, args.d_model), place_tokens(torch.zeros(1, 1), args.config, cache, torch.float32)
         steps.append(torch.no_grad()(lambda x=x, place=place, cache=cache: model.blocks[0].ffn(x, place, cache, 0)))
         caches.append(cache)

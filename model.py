@@ -68,6 +68,8 @@ class Config:
             problems.append(f"d_model = {self.d_model} is not a multiple of 2 x n_head = {2 * self.n_head}")
         if not problems and self.n_head % self.n_kv_head:
             problems.append(f"n_head = {self.n_head} is not a multiple of n_kv_head = {self.n_kv_head}")
+        if not problems and self.reset_id >= 0 and self.ffn == "soft_moe" and self.dispatch == "sequence":
+            problems.append("dispatch = sequence reads over every end of document: leave --reset-at-eos out")
         if problems:
             raise SystemExit("model configuration: " + "; ".join(problems))
         if not self.d_expert:
@@ -104,8 +106,8 @@ class Cache:
     """What decoding remembers: keys and values of every position, and the last W - 1 inputs of each Soft MoE layer.
 
     length   tokens seen so far, the same for every row of the batch
-    start    [B, 1], which of them began the text that is being read: those before it are padding or other documents
-    bounded  whether there are such
+    start    [B, 1]: the number of the token that began the text being read; before it stand padding or other documents
+    bounded  whether start can be other than 0
     """
 
     def __init__(self, config, batch, max_len, device, dtype):
@@ -153,13 +155,13 @@ class Place(NamedTuple):
     """Where the tokens of one forward stand."""
 
     positions: torch.Tensor  # [B or 1, T], counted from the first token that they may read
-    mask: torch.Tensor | None  # [B, 1, T, length + T], true where attention may look; None: at all that came before
+    mask: torch.Tensor | None  # [B or 1, 1, T, length + T], true where attention may look; None: at all that came before
     cos: torch.Tensor  # [B or 1, T, 1, K]
     sin: torch.Tensor
 
 
 def place_tokens(ids, config, cache, dtype):
-    """ids [B, T] -> Place. Padding (-1) on the left is not counted, and nothing looks back over a reset_id."""
+    """ids [B, T] -> Place. Nothing looks back over a reset_id, nor into the padding (-1) on the left of a cache's first ids."""
     T = ids.shape[1]
     length, start, bounded = (cache.length, cache.start, cache.bounded) if cache is not None else (0, 0, config.reset_id >= 0)
     index = torch.arange(length, length + T, device=ids.device)[None]
@@ -408,8 +410,7 @@ class Decoder(nn.Module):
         With a cache, ids continue what it holds. A batch of unequal prompts is padded on the left with -1.
         """
         hidden = self.hidden(ids, cache)
-        head = self.embedding if self.config.tie_embeddings else self.head
-        return F.linear(hidden, head) if targets is None else cross_entropy(hidden, head, targets)
+        return F.linear(hidden, self.head_weight) if targets is None else cross_entropy(hidden, self.head_weight, targets)
 
     def hidden(self, ids, cache=None):
         """ids [B, T] -> normed states of the last layer [B, T, D]."""
@@ -428,6 +429,10 @@ class Decoder(nn.Module):
 
     def new_cache(self, batch, max_len):
         return Cache(self.config, batch, max_len, self.embedding.device, self.embedding.dtype)
+
+    @property
+    def head_weight(self):
+        return self.embedding if self.config.tie_embeddings else self.head
 
     @property
     def has_cache(self):
@@ -453,7 +458,10 @@ class Decoder(nn.Module):
 
 
 def hugging_face_tensors(model):
-    """Yield (name, tensor) as transformers names and shapes them: Qwen2's trunk; a Soft MoE as Steel-LLM released it."""
+    """Yield (name, tensor) as transformers names and shapes them: Qwen2's trunk; a Soft MoE as Steel-LLM released it.
+
+    `mlp.recency`, of the causal dispatch, is our own: no released model has it.
+    """
     config = model.config
     yield "model.embed_tokens.weight", model.embedding
     for i, block in enumerate(model.blocks):

@@ -86,6 +86,8 @@ def generate(model, ids, max_new_tokens, vocab_size, temperature=1.0, top_k=0, t
     ids [B, T], padded on the left with -1 where prompts are of unequal length. Ids from vocab_size on (padding of the
     embedding) are never picked. A model with dispatch = "sequence" has no cache and reads the whole text every time.
     """
+    if not model.has_cache and (ids < 0).any():
+        raise ValueError('dispatch = "sequence" reads padding too: give it prompts of one length')
     max_new_tokens = min(max_new_tokens, model.config.block_size - ids.shape[1] + 1)
     cache = model.new_cache(len(ids), ids.shape[1] + max_new_tokens) if model.has_cache else None
     for n in range(max_new_tokens):

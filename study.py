@@ -11,10 +11,11 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,11 @@ def get_args(argv=None):
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, a thread each")
     parser.add_argument("--flags", default="", help="more flags of train.py for every run, in one string")
     parser.add_argument("--run", nargs=2, metavar=("NAME", "SEED"), help=argparse.SUPPRESS)  # one run: what a worker calls
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("steps", "workers", "seeds"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: expected 1 or more")
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -100,6 +105,9 @@ class Decay(Dense):
         return super().forward((scores.softmax(-1) @ groups).transpose(1, 2).flatten(2), place)
 
 
+CANDIDATES = {"convolution": Convolution, "decay": Decay}
+
+
 class Candidate(Decoder):
     """A decoder whose dense layers are of another class; set `layer` first. It keeps no state for decoding."""
 
@@ -110,90 +118,114 @@ class Candidate(Decoder):
         super().__init__(config)
         for block in self.blocks:
             dense, block.ffn = block.ffn, self.layer(config)
-            with torch.no_grad():
+            with torch.no_grad():  # all but the mixing starts as the dense layer
                 block.ffn.start()
-            block.ffn.load_state_dict(dense.state_dict(), strict=False)  # all but the mixing starts as the dense layer
+                block.ffn.w_in.copy_(dense.w_in)
+                block.ffn.w_out.copy_(dense.w_out)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def settings(args):
+    """What two results must have in common to stand in one table."""
+    return {"steps": args.steps, "data": args.data, "flags": args.flags}
+
+
 def run_one(name, seed, args):
     """Train one variant and write what it found to result.json."""
     out = args.out / f"{name}-{seed}"
-    if name in ("convolution", "decay"):
-        Candidate.layer = {"convolution": Convolution, "decay": Decay}[name]
+    if name in CANDIDATES:
+        Candidate.layer = CANDIDATES[name]
         train.Decoder = Candidate
-    flags = f"--data {args.data} --out {out} --seed {seed} --steps {args.steps} --eval-every 0 --save-every 200 --keep 1"
-    again = ["--resume"] if any(out.glob("step-*")) else []
-    train.main([*flags.split(), *VARIANTS[name][0].split(), *args.flags.split(), *again])
-    model = train.Decoder.load(out)
+    argv = ["--data", args.data, "--out", str(out), "--seed", str(seed), "--steps", str(args.steps), "--eval-every", "0"]
+    argv += ["--save-every", "200", "--keep", "1", *VARIANTS[name][0].split(), *args.flags.split()]
+    train.main(argv + (["--resume"] if any(out.glob("step-*")) else []))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    loss, bpb = next((line["val_loss"], line["val_bpb"]) for line in reversed(lines) if "val_loss" in line)
-    result = {"loss": loss, "bpb": bpb, "parameters": model.n_params(), "forced": loss,
+    if "val_loss" not in lines[-1]:
+        raise SystemExit("stopped before its end; the same command goes on")
+    model = train.Decoder.load(out)
+    result = {**settings(args), "loss": lines[-1]["val_loss"], "bpb": lines[-1]["val_bpb"], "parameters": model.n_params(),
               "speed": statistics.median(line["tokens_per_second"] for line in lines if "loss" in line),
               "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # fmt: skip
-    if name == "sequence":  # its own loss says nothing: every target is scored from the tokens before it
+    if name == "sequence":  # its own loss says nothing; how far it is off is measured on every fifth block or so
         val = TokenData(args.data, "val", model.config.block_size)
         chosen = np.linspace(0, len(val) - 1, num=min(len(val), 256), dtype=np.int64)
         scores = leak(model, torch.from_numpy(np.stack([val[i] for i in chosen])))
-        result |= {"loss": scores["honest"], "bpb": bpb * scores["honest"] / loss, "forced": scores["teacher-forced"]}
-    elif name.startswith("causal"):
-        result["state"] = model.new_cache(1, 1).recent[0].numel()
+        result["claimed"] = result["loss"]
+        result["loss"] += scores["honest"] - scores["teacher-forced"]
+        result["bpb"] *= result["loss"] / result["claimed"]
     (out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    if name in CANDIDATES:
+        shutil.rmtree(model.checkpoint)  # sample.py and eval.py would take it for a dense model
 
 
-def run_all(args):
-    """Every run that has no result yet, args.workers at a time."""
-    seeds = {name: args.seeds or VARIANTS[name][1] for name in args.only}
+def result_of(name, seed, args):
+    """What a run found, or None if it is yet to be done."""
+    path = args.out / f"{name}-{seed}" / "result.json"
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    other = [f"{key} {result[key]!r}, not {value!r}" for key, value in settings(args).items() if result[key] != value]
+    if other:
+        raise SystemExit(f"{path} is of another study ({'; '.join(other)}): choose another --out")
+    return result
+
+
+def run_all(args, seeds):
+    """Every run that has no result yet, args.workers at a time; returns the logs of those that failed."""
     todo = [(name, seed) for seed in range(max(seeds.values())) for name in args.only if seed < seeds[name]]
-    todo = [run for run in todo if not (args.out / f"{run[0]}-{run[1]}" / "result.json").exists()]
-    failed = []
+    todo = [run for run in todo if not result_of(*run, args)]
+    running, failed = {}, []
+    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        while todo or running:
+            while todo and len(running) < args.workers:
+                name, seed = todo.pop(0)
+                log = args.out / f"{name}-{seed}.log"
+                command = [sys.executable, __file__, "--run", name, seed, "--steps", args.steps, "--data", args.data]
+                with open(log, "w", encoding="utf-8") as file:
+                    process = subprocess.Popen(
+                        [str(part) for part in (*command, "--out", args.out, f"--flags={args.flags}")],
+                        stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    )  # fmt: skip
+                running[process] = log
+            for process in [process for process in running if process.poll() is not None]:
+                log = running.pop(process)
+                print(f"{log.stem}: " + (f"failed, see {log}" if process.returncode else "done"), file=sys.stderr, flush=True)
+                failed += [str(log)] if process.returncode else []
+            time.sleep(0.2)
+    finally:  # Ctrl-C: a run saves where it is, and the same command goes on from there
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+    return failed
 
-    def work():
-        while todo:
-            name, seed = todo.pop(0)
-            args.out.mkdir(parents=True, exist_ok=True)
-            log = args.out / f"{name}-{seed}.log"
-            command = [sys.executable, __file__, "--run", name, str(seed), "--steps", str(args.steps), "--data", args.data]
-            with open(log, "w", encoding="utf-8") as file:
-                code = subprocess.run(
-                    [*command, "--out", str(args.out), f"--flags={args.flags}"], stdout=file, stderr=subprocess.STDOUT,
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
-                ).returncode  # fmt: skip
-            if code:
-                failed.append(str(log))
-            print(f"{name}-{seed}: " + (f"failed, see {log}" if code else "done"), file=sys.stderr, flush=True)
 
-    threads = [threading.Thread(target=work) for _ in range(args.workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failed:
-        raise SystemExit(f"these runs failed: {', '.join(failed)}")
-
-
-def print_table(args):
-    print(f"| variant | parameters | seeds | val loss | spread | val bpb | tok/s | memory, MB | state |\n|{'---|' * 9}")
+def print_table(args, seeds):
+    print(f"| variant | parameters | seeds | val loss | spread | val bpb | tok/s | process peak, MB |\n|{'---|' * 8}")
     for name in args.only:
-        paths = sorted(args.out.glob(f"{name}-[0-9]/result.json"))
-        results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        results = [result for seed in range(seeds[name]) if (result := result_of(name, seed, args))]
+        if not results:
+            continue
         mean = {key: statistics.mean(result[key] for result in results) for key in ("loss", "bpb", "speed", "memory")}
         losses = [result["loss"] for result in results]
         spread = f"{max(losses) - min(losses):.4f}" if len(losses) > 1 else ""
-        leaky = f" (it claims {results[0]['forced']:.4f})" if name == "sequence" else ""
-        state = "none: no cache" if name in ("sequence",) else results[0].get("state", 0 if name in ("dense", "token") else "")
-        print(f"| {name} | {results[0]['parameters']:,} | {len(losses)} | {mean['loss']:.4f}{leaky} | {spread} | {mean['bpb']:.4f} | "
-              f"{mean['speed']:,.0f} | {mean['memory'] / 1e6:,.0f} | {state} |")  # fmt: skip
+        claimed = f" (it claims {results[0]['claimed']:.4f})" if "claimed" in results[0] else ""
+        print(f"| {name} | {results[0]['parameters']:,} | {len(losses)} | {mean['loss']:.4f}{claimed} | {spread} | "
+              f"{mean['bpb']:.4f} | {mean['speed']:,.0f} | {mean['memory'] / 1e6:,.0f} |")  # fmt: skip
 
 
 def main(argv=None):
     args = get_args(argv)
     if args.run:
         return run_one(args.run[0], int(args.run[1]), args)
-    run_all(args)
-    print_table(args)
+    seeds = {name: args.seeds or VARIANTS[name][1] for name in args.only}
+    failed = run_all(args, seeds)
+    print_table(args, seeds)
+    if failed:
+        raise SystemExit(f"these runs failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -397,5 +397,7 @@ def test_a_wrong_configuration_names_every_problem():
         Config(n_layer=0, dispatch="psychic")
     with pytest.raises(SystemExit, match="d_model = 100 is not a multiple of 2 x n_head = 8"):
         Config(d_model=100)
+    with pytest.raises(SystemExit, match="leave --reset-at-eos out"):
+        Config(dispatch="sequence", reset_id=1)
     with pytest.raises(SystemExit, match="n_head = 4 is not a multiple of n_kv_head = 3"):
         Config(n_kv_head=3)

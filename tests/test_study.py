@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, call, refused
@@ -19,7 +18,8 @@ def test_the_candidates_are_what_they_say():
     convolution, decay = (kind(SMALL).double() for kind in (Convolution, Decay))
     for layer in (convolution, decay):
         randomized(layer)
-        layer.load_state_dict(dense.state_dict(), strict=False)
+        layer.w_in.copy_(dense.w_in)
+        layer.w_out.copy_(dense.w_out)
     mixed = F.conv1d(F.pad(x.transpose(1, 2), (3, 0)), convolution.recency.flip(1)[:, None], groups=24).transpose(1, 2)
     torch.testing.assert_close(convolution(x, place_of(x)), dense(mixed, None), rtol=0, atol=1e-12)
     mixed = torch.empty_like(x)
@@ -32,15 +32,19 @@ def test_the_candidates_are_what_they_say():
 
 
 def test_a_small_study_runs_goes_on_and_prints_its_table(small_data, tmp_path):
-    flags = ["--data", small_data, "--out", tmp_path, "--seeds", 1, "--flags", " ".join(TINY)]
-    names = ["dense", "convolution", "sequence"]
-    call("study.py", *flags, "--steps", 2, "--only", "dense")
-    (tmp_path / "dense-0" / "result.json").write_text(json.dumps({"loss": 1, "bpb": 2, "speed": 3, "memory": 4e6, "parameters": 5}))
-    table = call("study.py", *flags, "--steps", 2, "--only", *names).stdout.splitlines()
-    assert [line.split(" | ")[0] for line in table[2:]] == [f"| {name}" for name in names]
-    assert table[2] == "| dense | 5 | 1 | 1.0000 |  | 2.0000 | 3 | 4 | 0 |"  # not run again
-    found = json.loads((tmp_path / "sequence-0" / "result.json").read_text(encoding="utf-8"))
-    assert f"{found['loss']:.4f} (it claims {found['forced']:.4f})" in table[4] and "no cache" in table[4]
-    refused(call("study.py", *flags, "--steps", 2, "--only", "causal", "--flags=--lr -1", ok=False), "causal-0.log")
-    with pytest.raises(AssertionError):
-        call("study.py", "--only", "psychic")
+    flags = ["--data", small_data, "--out", tmp_path / "a study", "--seeds", 1, "--steps", 2]
+    tiny = "--flags=" + " ".join(TINY)
+    call("study.py", *flags, tiny, "--only", "sequence")
+    path = tmp_path / "a study" / "sequence-0" / "result.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(found | {"speed": 3}), encoding="utf-8")
+    result = call("study.py", *flags, tiny, "--only", "convolution", "sequence")
+    table = result.stdout.splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| convolution", "| sequence"]
+    assert f"| {found['loss']:.4f} (it claims {found['claimed']:.4f}) |" in table[3]
+    assert table[3].split(" | ")[-2] == "3" and "sequence-0" not in result.stderr  # it was not run again
+    refused(call("study.py", *flags, "--flags=--lr 1", "--only", "sequence", ok=False), "is of another study", "--out")
+    result = call("study.py", *flags, "--flags=--lr -1", "--only", "causal", ok=False)
+    refused(result, "these runs failed", "causal-0.log")
+    for bad, words in ((["--only", "psychic"], "invalid choice"), (["--workers", 0], "--workers 0: expected 1 or more")):
+        refused(call("study.py", *bad, ok=False), words)
