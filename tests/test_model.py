@@ -218,7 +218,11 @@ def test_the_fused_layer_is_its_definition_at_any_size_and_with_extreme_routers(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changes", [dict(), dict(slots_per_expert=2), dict(dispatch="token"), dict(dispatch="sequence")], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [dict(), dict(slots_per_expert=2), dict(expert="swiglu2"), dict(dispatch="token"), dict(dispatch="sequence")],
+    ids=str,
+)
 def test_huge_logits_give_no_nan(changes, dtype):
     layer = randomized(SoftMoE(replace(SMALL, **changes)))
     for scale in (1e2, 1e4, -1e4):
@@ -367,10 +371,16 @@ def test_sizes_of_the_presets():
     with torch.device("meta"):
         steel = Decoder(replace(PRESETS["steel-1b"], dispatch="sequence"))
         assert steel.n_params() == 1_122_922_770
-        tensors = dict(hugging_face_tensors(steel))
-        assert len(tensors) == 633 and sum(p.numel() for p in tensors.values()) == 1_122_922_770
-        assert tensors["model.layers.17.mlp.phi"].shape == (1792, 6, 1)
-        assert tensors["model.layers.0.mlp.experts.5.gate_down_proj.weight"].shape == (1792, 448)
+        tensors = list(hugging_face_tensors(steel))
+        D, V, h = 1792, 151_936, 448
+        released = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,), "lm_head.weight": (V, D)}
+        layer = {"input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,), "mlp.phi": (D, 6, 1), "mlp.scale": (1,)}
+        layer |= {f"self_attn.{name}_proj.weight": (D, D) for name in "qkvo"} | {f"self_attn.{name}_proj.bias": (D,) for name in "qkv"}
+        for e in range(6):
+            layer |= {f"mlp.experts.{e}.{name}_proj.weight": (h, D) for name in ("gate_up", "up")}
+            layer |= {f"mlp.experts.{e}.{name}_proj.weight": (D, h) for name in ("gate_down", "down")}
+        released |= {f"model.layers.{i}.{name}": shape for i in range(18) for name, shape in layer.items()}
+        assert len(tensors) == len(released) == 633 and {name: tuple(p.shape) for name, p in tensors} == released
         assert Decoder(PRESETS["steel-1b"]).n_params() == 1_122_922_770 + 18 * 6 * 4  # b: slots x window, a layer
         assert 90e6 < Decoder(PRESETS["small"]).n_params() < 110e6
         soft, dense = (Decoder(replace(PRESETS["steel-1b"], ffn=ffn, dispatch="token")) for ffn in ("soft_moe", "dense"))
