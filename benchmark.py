@@ -33,7 +33,7 @@ def get_args(argv=None):
 
 def make_layer(kind, args):
     layer = Dense(args.config) if kind == "dense" else SoftMoE(args.config)
-    for name, p in layer.named_parameters():
+    for p in layer.parameters():
         torch.nn.init.normal_(p, std=args.d_model**-0.5)
     if args.compile:
         layer.compile()

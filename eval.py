@@ -32,7 +32,10 @@ MAX_TOKENS = 1 << 20  # enough for bits per byte to be sure in the third decimal
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("checkpoints", nargs="*", default=["out"], metavar="CHECKPOINT", help="step or run directories (default: the newest run under out)")
+    parser.add_argument(
+        "checkpoints", nargs="*", default=["out"], metavar="CHECKPOINT",
+        help="step or run directories (default: the newest run under out)",
+    )  # fmt: skip
     scored = parser.add_mutually_exclusive_group()
     scored.add_argument("--data", help="a prepared folder, instead of the one the checkpoint was trained on")
     scored.add_argument("--text", help="a UTF-8 file to score instead")
@@ -46,11 +49,19 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if args.routing and (args.data or args.text):
         parser.error("--routing shows --prompt: leave --data and --text out")
+    if args.noise and (args.data or args.text or args.checkpoints != ["out"]):
+        parser.error("--noise draws its own tokens and trains its own models: leave everything else out")
     if args.png and not args.routing:
         parser.error("--png goes with --routing")
     if args.png and not (Path(args.png).suffix == ".png" and Path(args.png).absolute().parent.is_dir()):
         parser.error(f"--png {args.png}: expected a name ending in .png in a folder that exists")
     return args
+
+
+def evenly_spaced(blocks, max_tokens):
+    """Numbers of evenly spaced blocks, as many as max_tokens hold, one at least."""
+    n = min(len(blocks), max(1, max_tokens // (len(blocks[0]) - 1)))
+    return np.linspace(0, len(blocks) - 1, num=n, dtype=np.int64)
 
 
 @torch.no_grad()
@@ -61,7 +72,7 @@ def evaluate(model, blocks, token_bytes, device="cpu", batch_tokens=4096, max_to
     ids have none, but their nats count. With world > 1 every rank scores its share and all get the same result.
     """
     T = len(blocks[0]) - 1
-    chosen = np.linspace(0, len(blocks) - 1, num=min(len(blocks), max(1, max_tokens // T)), dtype=np.int64)[rank::world]
+    chosen = evenly_spaced(blocks, max_tokens)[rank::world]
     byte_lengths = np.array([len(b) for b in token_bytes])
     nats, tokens, text_bytes = 0.0, 0, 0
     batch = max(1, batch_tokens // T)
@@ -132,8 +143,7 @@ def leak(model, ids):
 
 
 def print_leak(model, blocks, token_bytes, device):
-    chosen = np.linspace(0, len(blocks) - 1, num=min(len(blocks), max(1, 4096 // (len(blocks[0]) - 1))), dtype=np.int64)
-    ids = torch.from_numpy(np.stack([blocks[i] for i in chosen])).to(device)
+    ids = torch.from_numpy(np.stack([blocks[i] for i in evenly_spaced(blocks, 4096)])).to(device)
     counted = ids[:, 1:][ids[:, 1:] >= 0].tolist()
     bits_per_nat = len(counted) / math.log(2) / max(1, sum(len(token_bytes[i]) for i in counted))
     result = leak(model, ids)
@@ -142,7 +152,7 @@ def print_leak(model, blocks, token_bytes, device):
         print(f"{way:<16}" + (f"{nats:>12.5f}{nats * bits_per_nat:>12.5f}" if nats is not None else "   it has no cache"))
     gap = max(abs(nats - result["honest"]) for nats in result.values() if nats is not None)
     print(f"they agree to {gap:.1e} nats" if gap < 1e-4 else f"they differ by {gap:.4f} nats")
-    if not model.has_cache:
+    if model.config.reads_ahead:
         print("dispatch = sequence reads what it is to predict: only the honest loss is one")
 
 
@@ -172,15 +182,13 @@ def print_noise():
     print(f"loss on fresh uniform noise of {V} tokens; ln {V} = {math.log(V):.4f}, which no honest model can beat.\n"
           "After 400 steps of 1,536 tokens (2,048 at T = 2048); what was read by then is a lower bound of what can be.")  # fmt: skip
     print(f"{'dispatch':<10}{'slots':>7}{'T':>7}{'slots/T':>9}{'loss':>9}{'read, nats':>12}")
-    runs = [("token", 16, 12), ("causal", 16, 12)]
-    runs += [("sequence", slots, T) for T in (12, 48, 192) for slots in (16, 4, 1)] + [("sequence", 6, 2048)]
-    for dispatch, slots, T in runs:
-        n_expert = math.gcd(slots, 4) if slots != 6 else 6
+    runs = [("token", 4, 4, 12), ("causal", 4, 4, 12)]  # dispatch, experts, slots of each, T
+    runs += [("sequence", E, P, T) for T in (12, 48, 192) for E, P in ((4, 4), (4, 1), (1, 1))] + [("sequence", 6, 1, 2048)]
+    for dispatch, E, P, T in runs:
         config = Config(
-            n_layer=2, d_model=64, n_head=4, n_kv_head=4, vocab_size=V, block_size=T, dispatch=dispatch,
-            n_expert=n_expert, slots_per_expert=slots // n_expert,
-        )  # fmt: skip
-        loss = noise_loss(config)
+            n_layer=2, d_model=64, n_head=4, n_kv_head=4, vocab_size=V, block_size=T, dispatch=dispatch, n_expert=E, slots_per_expert=P
+        )
+        loss, slots = noise_loss(config), E * P
         print(f"{dispatch:<10}{slots:>7}{T:>7}{slots / T:>9.4f}{loss:>9.4f}{math.log(V) - loss:>12.4f}", flush=True)
 
 
@@ -208,7 +216,7 @@ def routing(model, ids):
 
 def print_routing(model, tokenizer, prompt, png):
     config = model.config
-    if config.ffn != "soft_moe" or config.dispatch == "sequence":
+    if config.ffn != "soft_moe" or config.reads_ahead:
         raise SystemExit(f"--routing: {model.checkpoint} has no causal Soft MoE (ffn {config.ffn}, dispatch {config.dispatch})")
     ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
     if len(ids) > config.block_size:
@@ -287,7 +295,7 @@ def main(argv=None):
         result = evaluate(model, blocks, tokenizer.token_bytes, device)
         if i == 0:
             print(f"{'checkpoint':<32}{'loss':>9}{'perplexity':>12}{'bpb':>9}{'tokens':>11}")
-        leaky = "  leaky: it reads what it predicts" if config.ffn == "soft_moe" and config.dispatch == "sequence" else ""
+        leaky = "  leaky: it reads what it predicts" if config.reads_ahead else ""
         print(f"{str(path):<32}{result['loss']:>9.4f}{result['perplexity']:>12.2f}{result['bpb']:>9.4f}"
               f"{result['tokens']:>11,}{leaky}")  # fmt: skip
 

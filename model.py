@@ -14,7 +14,7 @@ Shapes: B batch, T time, D width (d_model), H heads, G key/value heads, K head d
 import hashlib
 import json
 import math
-import pickle
+import pickle  # for the name of its error: nothing here is unpickled
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -68,13 +68,18 @@ class Config:
             problems.append(f"d_model = {self.d_model} is not a multiple of 2 x n_head = {2 * self.n_head}")
         if not problems and self.n_head % self.n_kv_head:
             problems.append(f"n_head = {self.n_head} is not a multiple of n_kv_head = {self.n_kv_head}")
-        if not problems and self.reset_id >= 0 and self.ffn == "soft_moe" and self.dispatch == "sequence":
+        if not problems and self.reset_id >= 0 and self.reads_ahead:
             problems.append("dispatch = sequence reads over every end of document: leave --reset-at-eos out")
         if problems:
             raise SystemExit("model configuration: " + "; ".join(problems))
         if not self.d_expert:
             width = 8 * self.d_model / self.matrices_per_expert / self.n_expert
             object.__setattr__(self, "d_expert", 8 * math.ceil(width / 8))
+
+    @property
+    def reads_ahead(self):
+        """Whether a position reads later tokens: the published Soft MoE does."""
+        return self.ffn == "soft_moe" and self.dispatch == "sequence"
 
     @property
     def matrices_per_expert(self):
@@ -436,7 +441,7 @@ class Decoder(nn.Module):
 
     @property
     def has_cache(self):
-        return self.config.ffn == "dense" or self.config.dispatch != "sequence"
+        return not self.config.reads_ahead
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())

@@ -2,7 +2,7 @@
 
     python study.py                                       # everything; about 90 minutes on two cores; goes on where it stopped
     python study.py --only dense causal --seeds 1         # some of it
-    python study.py --steps 4 --out /tmp/quick            # a test that it runs
+    python study.py --steps 4 --out out/quick             # whether it runs
 
 A run is one call of train.py on one thread. Two run side by side. out/study/NAME-SEED keeps what a run found.
 """
@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train
-from eval import leak
+from eval import evenly_spaced, leak
 from model import Decoder, Dense
 from prepare import TokenData
 
@@ -150,8 +150,7 @@ def run_one(name, seed, args):
               "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # fmt: skip
     if name == "sequence":  # its own loss says nothing; how far it is off is measured on every fifth block or so
         val = TokenData(args.data, "val", model.config.block_size)
-        chosen = np.linspace(0, len(val) - 1, num=min(len(val), 256), dtype=np.int64)
-        scores = leak(model, torch.from_numpy(np.stack([val[i] for i in chosen])))
+        scores = leak(model, torch.from_numpy(np.stack([val[i] for i in evenly_spaced(val, 32_768)])))
         result["claimed"] = result["loss"]
         result["loss"] += scores["honest"] - scores["teacher-forced"]
         result["bpb"] *= result["loss"] / result["claimed"]

@@ -194,7 +194,7 @@ def make_optimizers(model, args):
     groups = {"matrices": [], "router": [], "head": [], "rest": []}
     for name, p in model.named_parameters():
         leaf = name.rpartition(".")[2]
-        group = "matrices" if leaf in MATRICES else "router" if leaf in ROUTER else leaf if leaf == "head" else "rest"
+        group = "matrices" if leaf in MATRICES else "router" if leaf in ROUTER else "head" if leaf == "head" else "rest"
         groups[group].append(p)
     rest = [
         {"params": groups["rest"], "scale": REST_RATE, "weight_decay": 0.0},
@@ -376,7 +376,7 @@ def main(argv=None):
     say(f"a step: {args.batch_tokens:,} tokens = micro-batch {B} x block {T} x {n_micro} micro-batches x {world} ranks")
     say(f"an epoch: {len(data):,} blocks = {len(data) * T:,} tokens = {len(data) / batch:.1f} steps")
 
-    if config.ffn == "soft_moe" and config.dispatch == "sequence":
+    if config.reads_ahead:
         say('warning: dispatch = "sequence" reads the tokens that it is to predict: its losses mean nothing')
 
     stop_asked = stop = False  # asked of this process; agreed by all

@@ -2,12 +2,13 @@
 
 import re
 
+import torch
 from conftest import call
 
 
 def test_a_small_benchmark_prints_every_line():
     lines = call("benchmark.py", "--d-model", 64, "--n-expert", 2, "--repeats", 1, "--no-compile").stdout.splitlines()
-    beginnings = ("", "forward + backward", "peak memory", "microseconds a token", "decoding")
+    beginnings = (f"{torch.get_num_threads()} threads, width 64, 2 experts", "forward + backward", "peak memory", "microseconds a token", "decoding")
     assert len(lines) == 5 and all(line.startswith(start) for line, start in zip(lines, beginnings))
     peaks = [int(number) for number in re.findall(r"(\d+) MB", lines[2])]
     assert len(peaks) == 2 and min(peaks) > 0

@@ -19,7 +19,7 @@ from conftest import ROOT, TINY, call, python, refused, torchrun
 from model import Config, Decoder, checkpoint_problem
 from prepare import TokenData
 from tokenizer import load_tokenizer
-from train import batch_at, data_order, get_args, lr_factor, make_optimizers, orthogonalized
+from train import batch_at, can_compile, data_order, get_args, lr_factor, make_optimizers, orthogonalized
 
 # --- order of the data
 
@@ -211,8 +211,8 @@ def test_two_processes_give_the_loss_of_one(whole, small_data, tmp_path):
 
 
 def test_compiled_training_gives_the_loss_of_eager(whole, small_data, tmp_path):
-    if not shutil.which("g++"):
-        pytest.skip("no C++ compiler")
+    if not can_compile("cpu"):  # train.py runs eagerly then
+        pytest.skip("torch.compile needs a C++ compiler and Python's headers: apt install g++ python3-dev")
     flags = [flag for flag in TINY if flag != "--no-compile"]
     python("train.py", "--data", small_data, "--out", tmp_path, *flags, "--compile", "--steps", 8)
     assert losses(tmp_path) == pytest.approx(losses(whole.out), abs=1e-4)
@@ -226,7 +226,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(whole, small_data, tmp_pa
         whole_file = (newest / name).read_bytes()
         for damaged in (whole_file[:-5], b"", whole_file[:60] + bytes([whole_file[60] ^ 1]) + whole_file[61:]):
             (newest / name).write_bytes(damaged)
-            assert checkpoint_problem(newest) in (f"{name} is damaged", "model.pt is damaged", "optimizer.pt is damaged")
+            problem = checkpoint_problem(newest)  # with another hash for it, it is the other file that is found damaged
+            assert problem == f"{name} is damaged" or name == "sha256.json" and problem.endswith("is damaged")
         (newest / name).unlink()
         assert checkpoint_problem(newest) == f"{name} is missing"
         (newest / name).write_bytes(whole_file)
