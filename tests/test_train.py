@@ -286,7 +286,7 @@ def test_bad_flags_get_one_line(whole, small_data, tmp_path, capsys):
     if not torch.cuda.is_available():
         refused(bad("--device", "cuda"), "--device cuda: there is none here")
     refused(bad("--resume"), "no checkpoint in", "run")
-    refused(call("train.py", "--data", tmp_path / "none", ok=False), "no data in", "none: python prepare.py")
+    refused(train(tmp_path / "none", tmp_path / "run", ok=False), "no data in", "none: python prepare.py")
     refused(train(small_data, whole.out, ok=False), "has checkpoints: --resume goes on from them")
     assert not (tmp_path / "run").exists()
 
