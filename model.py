@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -214,6 +215,36 @@ class Dense(nn.Module):
         return (F.silu(gate) * up) @ self.w_out
 
 
+class WindowMix(torch.autograd.Function):
+    """What each slot reads: sum over k of weights[k] * (gate and up of the token k back).
+
+    Autograd would find the same gradients, but pad every shifted one by itself, and the compiler then masks each load.
+    """
+
+    @staticmethod
+    def forward(ctx, u, weights):
+        """u [B, W - 1 + T, E, 1, 2, h], weights [W, B, T, E, P, 1] -> gate, up, [B, T, E, P, h] each."""
+        ctx.save_for_backward(u, weights)
+        return tuple(sum(w * a for w, a in zip(weights, reversed(stretches(part, len(weights))))) for part in u.unbind(-2))
+
+    @staticmethod
+    def backward(ctx, d_gate, d_up):
+        u, weights = ctx.saved_tensors
+        W = len(weights)
+        reads = zip(*(reversed(stretches(part, W)) for part in u.unbind(-2)))
+        d_weights = torch.stack([(d_gate * gate + d_up * up).sum(-1, keepdim=True) for gate, up in reads])
+        # A token is read at its own place with weights[0], one place later with weights[1], and so on.
+        d = F.pad(torch.stack([d_gate, d_up], dim=-2), (0, 0) * 4 + (W - 1, W - 1))
+        weights = F.pad(weights, (0, 0) * 3 + (W - 1, W - 1))[..., None]
+        d_u = sum(stretches(w, W)[k] * stretches(d, W)[k] for k, w in enumerate(weights))
+        return d_u.sum(3, keepdim=True), d_weights
+
+
+def stretches(a, W):
+    """a [B, W - 1 + n, ...] -> its W stretches of length n, in order of where they begin."""
+    return [a[:, k : k + a.shape[1] - W + 1] for k in range(W)]
+
+
 class SoftMoE(nn.Module):
     """Soft Mixture of Experts (arXiv 2308.00951, section 2) whose slots read only the past.
 
@@ -246,26 +277,33 @@ class SoftMoE(nn.Module):
         """x [B, T, D], RMS-normed -> [B, T, D]."""
         if self.dispatch == "sequence":
             return self.published(x)
-        T, W = x.shape[1], self.window
-        if cache is not None and W > 1:
+        B, T, D = x.shape
+        back, positions = self.window - 1, place.positions
+        if cache is None:  # all texts in one row: nothing reads further back than to position 0, so they stay apart
+            x, positions = x.reshape(1, B * T, D), positions.expand(B, T).reshape(1, B * T)
+        elif back:
             x = torch.cat([cache.recent[layer], x], dim=1)
             cache.recent[layer] = x[:, T:]
-        logits = self.router_logits(x)  # [B, T, S], fp32; with a cache W - 1 earlier positions stand in front
-        u = F.linear(x, self.w_in.flatten(0, 2)).unflatten(-1, (self.n_expert, -1))  # [B, T, E, 2h]
-        own = logits[:, -T:]
-        if W > 1:
-            if cache is None:
-                logits, u = F.pad(logits, (0, 0, W - 1, 0)), F.pad(u, (0, 0, 0, 0, W - 1, 0))
-            u = self.mix(u, logits, place.positions)
-        elif self.slots > 1:
-            u = u.repeat_interleave(self.slots, dim=2)
-        return self.experts(u, own.softmax(-1).to(x.dtype) * self.n_expert)
+        logits, u = self.router_logits(x), F.linear(x, self.w_in.flatten(0, 2))
+        if cache is None and back:  # the first tokens need something to read with weight 0
+            logits, u = (F.pad(a, (0, 0, back, 0)) for a in (logits, u))
+        combine = logits[:, back:].softmax(-1) * self.n_expert
+        u = u.unflatten(-1, (self.n_expert, 1, 2, -1))  # [B, back + T, E, 1, 2, h], or B T in one row
+        weights, combine = (
+            a.to(x.dtype).unflatten(-1, (self.n_expert, self.slots))[..., None] for a in (self.window_weights(logits, positions), combine)
+        )  # [W, B, T, E, P, 1], [B, T, E, P, 1]
+        if self.w_out.ndim == 4:
+            return self.swiglu2(u, weights, combine).view(B, T, D)
+        # Of all this only u is kept for backward: the rest is wide, and cheap to make again.
+        y = checkpoint(self.swiglu, u, weights, combine, use_reentrant=False, preserve_rng_state=False)
+        return y.view(B, T, D)
 
     def router_logits(self, x):
         """[B, T, D] -> [B, T, S], in fp32 at least."""
         with torch.autocast(x.device.type, enabled=False):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            return F.normalize(x.to(dtype), dim=-1) @ (F.normalize(self.phi.to(dtype), dim=0) * self.scale.to(dtype))
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            directions = F.normalize(self.phi.to(x.dtype), dim=0) * self.scale.to(x.dtype)
+            return x @ directions / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
     def window_weights(self, logits, positions):
         """w: logits [B, W - 1 + T, S], positions [B or 1, T], which say how far back there is text -> [W, B, T, S]."""
@@ -273,27 +311,22 @@ class SoftMoE(nn.Module):
         scores = [logits[:, W - 1 - k : W - 1 - k + T] + (self.recency[:, k] if W > 1 else 0) for k in range(W)]
         return torch.stack([s.masked_fill((positions < k)[..., None], -torch.inf) for k, s in enumerate(scores)]).softmax(0)
 
-    def mix(self, u, logits, positions):
-        """What each slot reads, behind the first layer: u [B, W - 1 + T, E, 2h] -> [B, T, S, 2h]."""
-        T, W = positions.shape[1], self.window
-        weights = self.window_weights(logits, positions).to(u.dtype)
-        weights = weights.unflatten(-1, (self.n_expert, self.slots))[..., None]  # [W, B, T, E, P, 1]
-        u = u[:, :, :, None]
-        return sum(weights[k] * u[:, W - 1 - k : W - 1 - k + T] for k in range(W)).flatten(2, 3)
+    def hidden(self, u, weights):
+        """-> what the slots hold behind the first layer, [B, T, E, P, h]; P is 1 where all slots of an expert read the same."""
+        gate, up = WindowMix.apply(u, weights) if self.window > 1 else u.unbind(-2)
+        return F.silu(gate) * up
 
-    def experts(self, u, combine):
-        """u [B, T, S, 2h] pre-activations, combine [B, T, S] -> the weighted sum over slots, [B, T, D]."""
-        gate, up = u.chunk(2, dim=-1)
-        hidden = F.silu(gate) * up  # [B, T, S, h]
-        if self.w_out.ndim == 3:  # swiglu: the last layer is linear, so the sum over slots goes before it
-            hidden = (hidden * combine[..., None]).unflatten(2, (self.n_expert, self.slots)).sum(3)
-            return hidden.flatten(2) @ self.w_out.flatten(0, 1)
-        B, T, S, h = hidden.shape
-        hidden = hidden.view(B * T, self.n_expert, self.slots, h).transpose(0, 1).reshape(self.n_expert, -1, h)
-        gate, down = torch.bmm(hidden, self.w_out[0]), torch.bmm(hidden, self.w_out[1])  # [E, B T P, D]
-        combine = combine.view(B * T, self.n_expert, self.slots).permute(1, 0, 2).reshape(self.n_expert, -1, 1)
-        y = (F.silu(gate) * down * combine).sum(0)
-        return y.view(B, T, self.slots, -1).sum(2)
+    def swiglu(self, u, weights, combine):
+        """The last layer is linear, so the sum over slots goes before it."""
+        hidden = (self.hidden(u, weights) * combine).sum(3)
+        return hidden.flatten(2) @ self.w_out.flatten(0, 1)
+
+    def swiglu2(self, u, weights, combine):
+        hidden = self.hidden(u, weights)
+        B, T, E, P, h = hidden.shape
+        hidden = hidden.permute(2, 0, 1, 3, 4).reshape(E, B * T * P, h)
+        gate, down = (torch.bmm(hidden, w).view(E, B, T, P, -1) for w in self.w_out)
+        return (F.silu(gate) * down * combine.permute(2, 0, 1, 3, 4)).sum((0, 3))
 
     def published(self, x):
         """dispatch = "sequence"."""
