@@ -5,10 +5,9 @@
 """
 
 import argparse
-import multiprocessing
+import itertools
 import statistics
 import time
-from pathlib import Path
 
 import torch
 
@@ -66,19 +65,13 @@ def seconds(steps, repeats):
     return [statistics.median(own) for own in times]
 
 
-def peak_memory(kind, args, queue):
-    """Bytes of resident memory that a step needs beyond what stays: for a process of its own, on Linux."""
-    step = step_of(make_layer(kind, args), 1024, args)
-    step()  # makes the code; large buffers go back to the kernel afterwards, as glibc does by default
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = resident("VmRSS")
+def peak_memory(step):
+    """Most bytes that tensors hold at one time of a step, beyond what was there before: exact, and the same in every run."""
     step()
-    queue.put(resident("VmHWM") - before)
-
-
-def resident(key):
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(lines[key].split()[0])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())))
 
 
 def main(argv=None):
@@ -94,13 +87,7 @@ def main(argv=None):
     dense, causal = seconds([step_of(layers[kind], 1024, args) for kind in ("dense", "causal")], args.repeats)
     print(f"forward + backward at T = 1024: dense {1000 * dense:.1f} ms, causal {1000 * causal:.1f} ms: {causal / dense:.3f}x")
 
-    spawn, peak = multiprocessing.get_context("spawn"), {}
-    for kind in ("dense", "causal"):
-        queue = spawn.Queue()
-        process = spawn.Process(target=peak_memory, args=(kind, args, queue))
-        process.start()
-        peak[kind] = queue.get()
-        process.join()
+    peak = {kind: peak_memory(step_of(layers[kind], 1024, args)) for kind in ("dense", "causal")}
     print(f"peak memory of a step: dense {peak['dense'] / 1e6:.0f} MB, causal {peak['causal'] / 1e6:.0f} MB: "
           f"{peak['causal'] / peak['dense']:.3f}x")  # fmt: skip
 

@@ -80,16 +80,30 @@ def test_the_published_layer_has_gradients_from_later_inputs():
     assert (model.embedding.grad[ids[0, 12:]] != 0).any()
 
 
-def test_compiled_blocks_are_causal_to_the_last_bit():
+@pytest.mark.parametrize(
+    "changes",
+    [dict(), dict(slots_per_expert=2, window=3, expert="swiglu2"), dict(dispatch="token"), dict(reset_id=0)],
+    ids=str,
+)
+def test_compiled_blocks_are_causal_to_the_last_bit_and_have_the_gradients_of_eager_ones(changes):
     if not can_compile("cpu"):  # train.py runs eagerly then
         pytest.skip("torch.compile needs a C++ compiler and Python's headers: apt install g++ python3-dev")
-    model, ids = small(torch.float32), torch.randint(50, (2, 40))
-    for block in model.blocks:
-        block.compile()
+    torch.compiler.reset()
+    model, ids = small(torch.float32, **changes), torch.randint(50, (2, 41))
+    ids[0, 9] = ids[1, 30] = 0
     changed = ids.clone()
     changed[:, 20:] = (changed[:, 20:] + 1) % 50
-    before, after = model(ids), model(changed)
-    assert torch.equal(before[:, :20], after[:, :20]) and not torch.equal(before[:, 20], after[:, 20])
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            for block in model.blocks:
+                block.compile()
+        before, after = model(ids), model(changed)
+        assert torch.equal(before[:, :20], after[:, :20]) and not torch.equal(before[:, 20], after[:, 20])
+        model.zero_grad()
+        before.square().mean().backward()
+        results.append(torch.cat([before.detach().flatten(), *(p.grad.flatten() for p in model.parameters())]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4 * results[0].abs().max().item())
 
 
 # --- documents packed together
@@ -204,7 +218,7 @@ def test_the_fused_layer_is_its_definition_with_all_gradients(changes):
 @pytest.mark.parametrize("seed", range(12))
 def test_the_fused_layer_is_its_definition_at_any_size_and_with_extreme_routers(seed):
     draw = random.Random(seed)
-    T, W = (draw.randint(1, 300), draw.randint(1, 16)) if seed else (300, 16)
+    B, T, W = (draw.randint(1, 3), draw.randint(1, 300), draw.randint(1, 16)) if seed else (2, 300, 16)
     config = replace(
         SMALL, window=W, n_expert=draw.randint(1, 4), slots_per_expert=draw.randint(1, 3), d_model=8, d_expert=draw.randint(1, 9),
         expert=draw.choice(["swiglu", "swiglu2"]),
@@ -214,23 +228,24 @@ def test_the_fused_layer_is_its_definition_at_any_size_and_with_extreme_routers(
         layer.scale.fill_(30 * draw.choice([1, -1]))  # logits reach +-30
         if W > 1:
             layer.recency.uniform_(-50, 50)
-    check_against_definition(layer, torch.randn(1, T, 8, dtype=torch.float64))
+    check_against_definition(layer, torch.randn(B, T, 8, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["float32", "autocast to bfloat16", "bfloat16"])
 @pytest.mark.parametrize(
     "changes",
     [dict(), dict(slots_per_expert=2), dict(expert="swiglu2"), dict(dispatch="token"), dict(dispatch="sequence")],
     ids=str,
 )
-def test_huge_logits_give_no_nan(changes, dtype):
-    layer = randomized(SoftMoE(replace(SMALL, **changes)))
+def test_huge_logits_give_no_nan(changes, precision):
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    layer = randomized(SoftMoE(replace(SMALL, **changes))).to(dtype)
     for scale in (1e2, 1e4, -1e4):
         with torch.no_grad():
             layer.scale.fill_(scale)
         layer.zero_grad()
-        x = torch.randn(2, 20, 24, requires_grad=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        x = torch.randn(2, 20, 24, dtype=dtype, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision.startswith("autocast")):
             y = layer(x, place_of(x))
         y.float().square().mean().backward()
         assert all(torch.isfinite(a).all() for a in (y, x.grad, *(p.grad for p in layer.parameters())))
