@@ -13,10 +13,12 @@ bpb          bits per byte of text: comparable between models with different tok
 """
 
 import argparse
+import colorsys
 import json
 import math
 import signal
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +216,20 @@ def routing(model, ids):
     return torch.stack(combine), torch.stack(window)
 
 
+def characters(ids, token_bytes):
+    """The characters that each token is a part of: a rare one may be spread over several tokens, and each of them shows it."""
+    text, ends = b"".join(token_bytes[i] for i in ids), np.cumsum([len(token_bytes[i]) for i in ids]).tolist()
+    inside = lambda at: at < len(text) and text[at] & 0xC0 == 0x80  # in the middle of a character of UTF-8
+    labels = []
+    for start, end in zip([0, *ends], ends):
+        while start < end and inside(start):
+            start -= 1
+        while inside(end):
+            end += 1
+        labels.append(text[start:end].decode("utf-8", "replace").replace("\n", "⏎").replace("\t", "⇥"))
+    return labels
+
+
 def print_routing(model, tokenizer, prompt, png):
     config = model.config
     if config.ffn != "soft_moe" or config.reads_ahead:
@@ -222,26 +238,31 @@ def print_routing(model, tokenizer, prompt, png):
     if len(ids) > config.block_size:
         raise SystemExit(f"the prompt has {len(ids)} tokens, the model's context is {config.block_size}: shorten it")
     combine, window = routing(model, torch.tensor([ids], device=model.embedding.device))
-    pieces = [tokenizer.decode([i]).replace("\n", "⏎") or "□" for i in ids]
-    E, colour = config.n_expert, sys.stdout.isatty()
-    shares = combine.unflatten(-1, (E, -1)).sum(-1)  # [L, T, E]
-    print("the expert with the largest share of each token, □ is the beginning" + (", by colour" if colour else ""))
-    for layer, rows in enumerate(shares):
-        tokens = zip(pieces, rows.argmax(-1).tolist())
-        print(f"layer {layer}  " + "".join(f"\033[{41 + e % 6}m{piece}\033[0m" if colour else f"{piece}[{e}]" for piece, e in tokens))
-    print("experts: " + " ".join(f"\033[{41 + e % 6}m {e} \033[0m" if colour else str(e) for e in range(E)))
-    print(f"\n{'layer':<6}{'slot':>5}{'share':>8}{'looks back':>12}   weight of the token 0, 1, 2 .. back (mean over the text)")
+    back = (window * torch.arange(window.shape[1], device=window.device)[:, None, None]).sum(1)  # [L, T, S]
+    labels = ["□", *characters(ids[1:], tokenizer.token_bytes)]
+    wide = lambda label: sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in label)
+    margin, P = max(map(wide, [*labels, "mean"])), config.slots_per_expert
+    print("For every token: its share of each expert's slots, in percent, and how many tokens the slot looks back there on\n"
+          "average. The largest share is marked; □ is the beginning.")  # fmt: skip
     for layer in range(config.n_layer):
-        for slot in range(E * config.slots_per_expert):
-            weights = window[layer, :, :, slot].mean(1)
-            distance = (weights * torch.arange(len(weights), device=weights.device)).sum()
-            cells = " ".join(f"{w:.3f}" for w in weights.tolist())
-            print(f"{layer:<6}{slot:>5}{combine[layer, :, slot].mean():>8.3f}{distance:>12.2f}   {cells}")
+        names = [f"{j // P}" if P == 1 else f"{j // P}.{j % P}" for j in range(combine.shape[-1])]
+        print(f"\nlayer {layer}\n" + " " * margin + "".join(f"{name:>11}" for name in names))
+        rows = zip([*labels, "mean"], [*combine[layer], combine[layer].mean(0)], [*back[layer], back[layer].mean(0)])
+        for label, shares, distances in rows:
+            line = label + " " * (margin - wide(label))
+            for j, (share, distance) in enumerate(zip(shares.tolist(), distances.tolist())):
+                cell = f"{100 * share:.0f} ←{distance:.1f}"
+                if share == shares.max() and sys.stdout.isatty():  # a colour for every expert
+                    red, green, blue = (round(255 * v) for v in colorsys.hsv_to_rgb(j // P / config.n_expert, 0.5, 0.95))
+                    line += f"{'':{11 - len(cell)}}\033[30;48;2;{red};{green};{blue}m{cell}\033[0m"
+                else:
+                    line += f"{'*' * (share == shares.max()) + cell:>11}"
+            print(line)
     if png:
-        draw_routing(shares, window, pieces, png)
+        draw_routing(combine.unflatten(-1, (config.n_expert, -1)).sum(-1), back, labels, png)
 
 
-def draw_routing(shares, window, pieces, path):
+def draw_routing(shares, distance, pieces, path):
     """Two pictures a layer: the share of each expert in each token, and how many tokens each slot looks back there."""
     try:
         import matplotlib
@@ -258,8 +279,6 @@ def draw_routing(shares, window, pieces, path):
     else:
         print("no Chinese font found: the picture numbers the tokens")
         pieces = list(map(str, range(len(pieces))))
-    back = torch.arange(window.shape[1], device=window.device)[:, None, None]
-    distance = (window * back).sum(1)  # [L, T, S]
     figure, axes = plt.subplots(2 * len(shares), 1, figsize=(2 + 0.3 * len(pieces), 3 * len(shares)), squeeze=False)
     for layer in range(len(shares)):
         for row, values, name in ((0, shares[layer], "expert, share"), (1, distance[layer], "slot, tokens back")):
@@ -301,5 +320,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+    for name in ("SIGINT", "SIGPIPE"):  # Ctrl-C, and a reader like `head` that has enough, end it without a traceback
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
     main()

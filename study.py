@@ -2,6 +2,7 @@
 
     python study.py                                       # everything; about 90 minutes on two cores; goes on where it stopped
     python study.py --only dense causal --seeds 1         # some of it
+    python study.py --only dense causal --minutes 5       # equal time instead of equal steps
     python study.py --steps 4 --out out/quick             # whether it runs
 
 A run is one call of train.py on one thread. Two run side by side. out/study/NAME-SEED keeps what a run found.
@@ -10,7 +11,6 @@ A run is one call of train.py on one thread. Two run side by side. out/study/NAM
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -24,6 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train
+from benchmark import peak_memory
 from eval import evenly_spaced, leak
 from model import Decoder, Dense
 from prepare import TokenData
@@ -51,16 +52,20 @@ def get_args(argv=None):
     )
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants to run")
     parser.add_argument("--seeds", type=int, help="of each variant, instead of its own number")
-    parser.add_argument("--steps", type=int, default=700)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="of each run; 500 if neither is given")
+    length.add_argument("--minutes", type=float, help="of each run: variants then meet at equal time, if they run side by side")
     parser.add_argument("--data", default=train.DEFAULT_DATA)
     parser.add_argument("--out", type=Path, default=Path("out/study"))
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, a thread each")
     parser.add_argument("--flags", default="", help="more flags of train.py for every run, in one string")
     parser.add_argument("--run", nargs=2, metavar=("NAME", "SEED"), help=argparse.SUPPRESS)  # one run: what a worker calls
     args = parser.parse_args(argv)
-    for name in ("steps", "workers", "seeds"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: expected 1 or more")
+    for name, low in (("steps", 1), ("workers", 1), ("seeds", 1), ("minutes", 0.01)):
+        if getattr(args, name) is not None and not getattr(args, name) >= low:
+            parser.error(f"--{name} {getattr(args, name)}: expected {low} or more")
+    if args.steps is None and args.minutes is None:
+        args.steps = 500
     return args
 
 
@@ -74,6 +79,7 @@ class Convolution(Dense):
     def __init__(self, config):
         super().__init__(config)
         self.recency = nn.Parameter(torch.empty(config.d_model, 4))  # named so that it learns at the router's rate
+        self.state = 3 * config.d_model  # what decoding would have to keep: the inputs before
 
     def start(self):
         nn.init.zeros_(self.recency)
@@ -91,6 +97,7 @@ class Decay(Dense):
     def __init__(self, config):
         super().__init__(config)
         self.recency = nn.Parameter(torch.empty(8, 2))  # rate, bonus
+        self.state = config.d_model + 8  # the weighted sums and their weights
 
     def start(self):
         self.recency[:, 0] = torch.linspace(0.1, 2.0, 8)
@@ -109,7 +116,7 @@ CANDIDATES = {"convolution": Convolution, "decay": Decay}
 
 
 class Candidate(Decoder):
-    """A decoder whose dense layers are of another class; set `layer` first. It keeps no state for decoding."""
+    """A decoder whose dense layers are of another class; set `layer` first. Decoding it is not written."""
 
     layer = None
     has_cache = False
@@ -129,7 +136,29 @@ class Candidate(Decoder):
 
 def settings(args):
     """What two results must have in common to stand in one table."""
-    return {"steps": args.steps, "data": args.data, "flags": args.flags}
+    return {"steps": args.steps, "minutes": args.minutes, "data": args.data, "flags": args.flags}
+
+
+def step_memory(model, data):
+    """Most bytes alive during a training step of one micro-batch, beyond weights and optimizer."""
+    ids = torch.from_numpy(np.stack([data[i] for i in range(16)]))
+    if train.can_compile("cpu"):
+        for block in model.blocks:
+            block.compile()
+
+    def step():
+        model(ids[:, :-1], ids[:, 1:]).backward()
+        model.zero_grad()
+
+    return peak_memory(step)
+
+
+def decode_state(model):
+    """Numbers that one feed-forward layer keeps for each text while decoding; None: it grows with the text."""
+    if model.config.reads_ahead:
+        return None
+    ffn = model.blocks[0].ffn
+    return ffn.state if hasattr(ffn, "state") else model.new_cache(1, 1).recent[0].numel()
 
 
 def run_one(name, seed, args):
@@ -138,18 +167,20 @@ def run_one(name, seed, args):
     if name in CANDIDATES:
         Candidate.layer = CANDIDATES[name]
         train.Decoder = Candidate
-    argv = ["--data", args.data, "--out", str(out), "--seed", str(seed), "--steps", str(args.steps), "--eval-every", "0"]
+    argv = ["--data", args.data, "--out", str(out), "--seed", str(seed), "--eval-every", "0"]
+    argv += ["--steps", str(args.steps)] if args.steps else ["--minutes", str(args.minutes)]
     argv += ["--save-every", "200", "--keep", "1", *VARIANTS[name][0].split(), *args.flags.split()]
     train.main(argv + (["--resume"] if any(out.glob("step-*")) else []))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     if "val_loss" not in lines[-1]:
         raise SystemExit("stopped before its end; the same command goes on")
     model = train.Decoder.load(out)
+    state = json.loads((model.checkpoint / "state.json").read_text(encoding="utf-8"))
+    val = TokenData(args.data, "val", model.config.block_size)
     result = {**settings(args), "loss": lines[-1]["val_loss"], "bpb": lines[-1]["val_bpb"], "parameters": model.n_params(),
               "speed": statistics.median(line["tokens_per_second"] for line in lines if "loss" in line),
-              "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # fmt: skip
+              "trained": state["samples"] * model.config.block_size, "state": decode_state(model), "memory": step_memory(model, val)}  # fmt: skip
     if name == "sequence":  # its own loss says nothing; how far it is off is measured on every fifth block or so
-        val = TokenData(args.data, "val", model.config.block_size)
         scores = leak(model, torch.from_numpy(np.stack([val[i] for i in evenly_spaced(val, 32_768)])))
         result["claimed"] = result["loss"]
         result["loss"] += scores["honest"] - scores["teacher-forced"]
@@ -182,7 +213,8 @@ def run_all(args, seeds):
             while todo and len(running) < args.workers:
                 name, seed = todo.pop(0)
                 log = args.out / f"{name}-{seed}.log"
-                command = [sys.executable, __file__, "--run", name, seed, "--steps", args.steps, "--data", args.data]
+                command = [sys.executable, __file__, "--run", name, seed, "--data", args.data]
+                command += ["--steps", args.steps] if args.steps else ["--minutes", args.minutes]
                 with open(log, "w", encoding="utf-8") as file:
                     process = subprocess.Popen(
                         [str(part) for part in (*command, "--out", args.out, f"--flags={args.flags}")],
@@ -203,17 +235,19 @@ def run_all(args, seeds):
 
 
 def print_table(args, seeds):
-    print(f"| variant | parameters | seeds | val loss | spread | val bpb | tok/s | process peak, MB |\n|{'---|' * 8}")
+    print(f"| variant | parameters | seeds | val loss | spread | val bpb | trained on, M tokens | tok/s "
+          f"| peak of a step, MB | decode state |\n|{'---|' * 10}")
     for name in args.only:
         results = [result for seed in range(seeds[name]) if (result := result_of(name, seed, args))]
         if not results:
             continue
-        mean = {key: statistics.mean(result[key] for result in results) for key in ("loss", "bpb", "speed", "memory")}
+        mean = {key: statistics.mean(result[key] for result in results) for key in ("loss", "bpb", "trained", "speed", "memory")}
         losses = [result["loss"] for result in results]
         spread = f"{max(losses) - min(losses):.4f}" if len(losses) > 1 else ""
         claimed = f" (it claims {results[0]['claimed']:.4f})" if "claimed" in results[0] else ""
         print(f"| {name} | {results[0]['parameters']:,} | {len(losses)} | {mean['loss']:.4f}{claimed} | {spread} | "
-              f"{mean['bpb']:.4f} | {mean['speed']:,.0f} | {mean['memory'] / 1e6:,.0f} |")  # fmt: skip
+              f"{mean['bpb']:.4f} | {mean['trained'] / 1e6:.3f} | {mean['speed']:,.0f} | {mean['memory'] / 1e6:,.1f} "
+              f"| {'grows' if results[0]['state'] is None else results[0]['state']} |")  # fmt: skip
 
 
 def main(argv=None):

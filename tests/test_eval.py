@@ -1,6 +1,7 @@
 """Evaluation: loss and bits per byte against a direct computation, and the command."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import torch
 from conftest import ROOT, TINY, call, refused
 from test_model import CAUSAL_KINDS, small
 
-from eval import evaluate, leak, noise_loss, routing, text_blocks
-from model import Config
+from eval import characters, evaluate, leak, noise_loss, routing, text_blocks
+from model import Config, newest_checkpoint
 from tokenizer import load_tokenizer
 
 
@@ -95,6 +96,11 @@ def test_routing_shows_what_the_layer_does():
             assert not window[layer, len(back) :, t].any()
 
 
+def test_every_token_shows_the_characters_it_is_a_part_of():
+    token_bytes = [b"a", "却说".encode(), *(bytes([b]) for b in "龘".encode()), b"\n", "曹".encode() + "操".encode()[:1], "操".encode()[1:]]
+    assert characters(range(8), token_bytes) == ["a", "却说", "龘", "龘", "龘", "⏎", "曹操", "操"]
+
+
 def test_the_command(small_data, tmp_path):
     trained = call("train.py", "--data", small_data, "--out", tmp_path / "run", *TINY, "--steps", 2, "--save-every", 1)
     result = call("eval.py", tmp_path / "run", tmp_path / "run" / "step-00000001").stdout.splitlines()
@@ -119,14 +125,13 @@ def test_the_leak_and_the_routing_of_a_checkpoint(small_data, tmp_path):
     nats = [float(line.split()[1]) for line in lines[2:5]]
     assert max(nats) - min(nats) < 1e-4
     png = tmp_path / "routing.png"
-    shown = call("eval.py", "--routing", tmp_path / "run", "--prompt", "却说曹操", "--png", png).stdout
-    shares = {layer: 0.0 for layer in (0, 1)}
-    for line in shown.splitlines():
-        if line[:1].isdigit():
-            layer, slot, share, _, *weights = line.split()
-            shares[int(layer)] += float(share)
-            assert sum(map(float, weights)) == pytest.approx(1, abs=0.003) and len(weights) == 4
-    assert shares == {0: pytest.approx(1, abs=0.003), 1: pytest.approx(1, abs=0.003)}
+    shown = call("eval.py", "--routing", tmp_path / "run", "--prompt", "却说曹操龘", "--png", png).stdout
+    n = len(load_tokenizer(newest_checkpoint(tmp_path / "run")).encode("却说曹操龘"))
+    tables = [table.splitlines()[: 3 + n + 1] for table in shown.split("\nlayer ")[1:]]
+    assert len(tables) == 2 and all(table[3][0] == "却" and table[2 + n][0] == "龘" and table[-1][:4] == "mean" for table in tables)
+    for row in (row for table in tables for row in table[2:]):
+        assert sum(int(share) for share in re.findall(r"(\d+) ←", row)) == pytest.approx(100, abs=2) and row.count("*") == 1
+    assert set(re.findall(r"←(\S+)", tables[0][2])) == {"0.0"}  # nothing stands before the beginning
     assert png.read_bytes().startswith(b"\x89PNG")
     call("train.py", "--data", small_data, "--out", tmp_path / "dense", *TINY, "--steps", 1, "--ffn", "dense")
     refused(call("eval.py", "--routing", tmp_path / "dense", ok=False), "has no causal Soft MoE (ffn dense")

@@ -42,7 +42,10 @@ def test_a_small_study_runs_goes_on_and_prints_its_table(small_data, tmp_path):
     table = result.stdout.splitlines()
     assert [line.split(" | ")[0] for line in table[2:]] == ["| convolution", "| sequence"]
     assert f"| {found['loss']:.4f} (it claims {found['claimed']:.4f}) |" in table[3]
-    assert table[3].split(" | ")[-2] == "3" and "sequence-0" not in result.stderr  # it was not run again
+    cells = [line.strip("| ").split(" | ") for line in table[2:]]
+    assert cells[1][7] == "3" and [row[9] for row in cells] == ["96", "grows"] and all(float(row[8]) > 0 for row in cells)
+    assert cells[0][6] == "0.001"  # 512 tokens
+    assert "sequence-0" not in result.stderr  # it was not run again
     refused(call("study.py", *flags, "--flags=--lr 1", "--only", "sequence", ok=False), "is of another study", "--out")
     result = call("study.py", *flags, "--flags=--lr -1", "--only", "causal", ok=False)
     refused(result, "these runs failed", "causal-0.log")
