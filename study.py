@@ -41,7 +41,6 @@ VARIANTS = {
     "causal-w16": ("--window 16", 1),
     "causal-p2": ("--slots-per-expert 2", 1),
     "causal-swiglu2": ("--expert swiglu2", 1),
-    "token-swiglu2": ("--expert swiglu2 --dispatch token", 1),
     "sequence": ("--dispatch sequence", 1),
 }
 
@@ -78,7 +77,7 @@ class Convolution(Dense):
 
     def __init__(self, config):
         super().__init__(config)
-        self.recency = nn.Parameter(torch.empty(config.d_model, 4))  # named so that it learns at the router's rate
+        self.recency = nn.Parameter(torch.empty(config.d_model, 4))
         self.state = 3 * config.d_model  # what decoding would have to keep: the inputs before
 
     def start(self):

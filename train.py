@@ -183,23 +183,21 @@ def orthogonalized(x, steps=5):
 
 
 MATRICES = ("qkv", "out", "w_in", "w_out")
-ROUTER = ("phi", "scale", "recency")
-# Learning rates of what AdamW takes, as multiples of --lr. An embedding row sees few tokens and wants large steps; a router
-# wants small ones, or the combine weights harden before the experts have learnt anything.
-REST_RATE, HEAD_RATE, ROUTER_RATE = 12.0, 6.0, 0.5
+# Learning rates of what AdamW takes, as multiples of --lr: an embedding row sees few tokens and wants large steps, and norms,
+# biases and routers take the same.
+REST_RATE, HEAD_RATE = 12.0, 6.0
 
 
 def make_optimizers(model, args):
     """Every parameter in exactly one group; a group's `scale` multiplies the scheduled learning rate."""
-    groups = {"matrices": [], "router": [], "head": [], "rest": []}
+    groups = {"matrices": [], "head": [], "rest": []}
     for name, p in model.named_parameters():
         leaf = name.rpartition(".")[2]
-        group = "matrices" if leaf in MATRICES else "router" if leaf in ROUTER else "head" if leaf == "head" else "rest"
+        group = "matrices" if leaf in MATRICES else "head" if leaf == "head" else "rest"
         groups[group].append(p)
     rest = [
         {"params": groups["rest"], "scale": REST_RATE, "weight_decay": 0.0},
         {"params": groups["head"], "scale": HEAD_RATE, "weight_decay": 0.0},
-        {"params": groups["router"], "scale": ROUTER_RATE, "weight_decay": 0.0},
     ]
     matrices = {"params": groups["matrices"], "scale": 1.0, "weight_decay": args.weight_decay}
     adamw_groups = rest if args.optimizer == "muon" else [matrices, *rest]
