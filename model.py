@@ -293,9 +293,11 @@ class SoftMoE(nn.Module):
             a.to(x.dtype).unflatten(-1, (self.n_expert, self.slots))[..., None] for a in (self.window_weights(logits, positions), combine)
         )  # [W, B, T, E, P, 1], [B, T, E, P, 1]
         if self.w_out.ndim == 4:
-            return self.swiglu2(u, weights, combine).view(B, T, D)
-        # Of all this only u is kept for backward: the rest is wide, and cheap to make again.
-        y = checkpoint(self.swiglu, u, weights, combine, use_reentrant=False, preserve_rng_state=False)
+            y = self.swiglu2(u, weights, combine)
+        elif torch.is_grad_enabled():  # of all this only u is kept for backward: the rest is wide, and cheap to make again
+            y = checkpoint(self.swiglu, u, weights, combine, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y = self.swiglu(u, weights, combine)
         return y.view(B, T, D)
 
     def router_logits(self, x):

@@ -177,13 +177,14 @@ def run_one(name, seed, args):
     state = json.loads((model.checkpoint / "state.json").read_text(encoding="utf-8"))
     val = TokenData(args.data, "val", model.config.block_size)
     result = {**settings(args), "loss": lines[-1]["val_loss"], "bpb": lines[-1]["val_bpb"], "parameters": model.n_params(),
-              "speed": statistics.median(line["tokens_per_second"] for line in lines if "loss" in line),
-              "trained": state["samples"] * model.config.block_size, "state": decode_state(model), "memory": step_memory(model, val)}  # fmt: skip
+              "trained": state["samples"] * model.config.block_size, "state": decode_state(model),
+              "speed": statistics.median(line["tokens_per_second"] for line in lines if "loss" in line)}  # fmt: skip
     if name == "sequence":  # its own loss says nothing; how far it is off is measured on every fifth block or so
         scores = leak(model, torch.from_numpy(np.stack([val[i] for i in evenly_spaced(val, 32_768)])))
         result["claimed"] = result["loss"]
         result["loss"] += scores["honest"] - scores["teacher-forced"]
         result["bpb"] *= result["loss"] / result["claimed"]
+    result["memory"] = step_memory(model, val)
     (out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     if name in CANDIDATES:
         shutil.rmtree(model.checkpoint)  # sample.py and eval.py would take it for a dense model
