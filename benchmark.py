@@ -12,7 +12,7 @@ import time
 import torch
 
 from model import Config, Decoder, Dense, SoftMoE, place_tokens
-from train import keep_large_buffers
+from train import can_compile, keep_large_buffers
 
 TOKENS = 4096  # in one forward pass, at any length of text
 
@@ -24,8 +24,10 @@ def get_args(argv=None):
     parser.add_argument("--d-model", type=int, default=512)
     parser.add_argument("--n-expert", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=can_compile("cpu"))
     args = parser.parse_args(argv)
+    if args.repeats < 1:
+        parser.error(f"--repeats {args.repeats}: expected 1 or more")
     args.config = Config(d_model=args.d_model, n_expert=args.n_expert, n_layer=1, vocab_size=256)
     return args
 
@@ -35,7 +37,7 @@ def make_layer(kind, args):
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=args.d_model**-0.5)
     if args.compile:
-        layer.compile()
+        layer.compile(dynamic=False)  # code of its own for every length
     return layer
 
 
@@ -92,10 +94,8 @@ def main(argv=None):
           f"{peak['causal'] / peak['dense']:.3f}x")  # fmt: skip
 
     lengths, steps = (512, 1024, 2048, 4096), []
-    for T in lengths:  # each with code of its own: the compiler specialises the first shape that it sees
-        torch.compiler.reset()
+    for T in lengths:
         steps.append(step_of(make_layer("causal", args), T, args))
-        steps[-1]()
     times = seconds(steps, args.repeats)
     cells = ", ".join(f"{T}: {1e6 * t / TOKENS:.2f}" for T, t in zip(lengths, times))
     print(f"microseconds a token at T = {cells}: within {100 * (max(times) / min(times) - 1):.0f} %")

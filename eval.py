@@ -51,8 +51,8 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if args.routing and (args.data or args.text):
         parser.error("--routing shows --prompt: leave --data and --text out")
-    if args.noise and (args.data or args.text or args.checkpoints != ["out"]):
-        parser.error("--noise draws its own tokens and trains its own models: leave everything else out")
+    if args.noise and (args.data or args.text or args.checkpoints != ["out"] or args.device != "auto"):
+        parser.error("--noise draws its own tokens and trains its own models on the CPU: leave everything else out")
     if args.png and not args.routing:
         parser.error("--png goes with --routing")
     if args.png and not (Path(args.png).suffix == ".png" and Path(args.png).absolute().parent.is_dir()):
@@ -164,7 +164,7 @@ def noise_loss(config, steps=400, batch_tokens=1536, seed=0):
     model = Decoder(config)
     for block in model.blocks:  # a start without the zero matrices and with a sharp router: a minute is short
         torch.nn.init.normal_(block.attention.out, std=config.d_model**-0.5)
-        torch.nn.init.normal_(block.ffn.w_out, std=config.d_expert**-0.5)
+        torch.nn.init.normal_(block.ffn.w_out, std=config.expert_width**-0.5)
         torch.nn.init.constant_(block.ffn.scale, 8.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)

@@ -73,9 +73,6 @@ class Config:
             problems.append("dispatch = sequence reads over every end of document: leave --reset-at-eos out")
         if problems:
             raise SystemExit("model configuration: " + "; ".join(problems))
-        if not self.d_expert:
-            width = 8 * self.d_model / self.matrices_per_expert / self.n_expert
-            object.__setattr__(self, "d_expert", 8 * math.ceil(width / 8))
 
     @property
     def reads_ahead(self):
@@ -87,9 +84,13 @@ class Config:
         return {"swiglu": 3, "swiglu2": 4}[self.expert]
 
     @property
+    def expert_width(self):
+        return self.d_expert or 8 * math.ceil(self.d_model / self.matrices_per_expert / self.n_expert)
+
+    @property
     def d_dense(self):
         """Width of the dense SwiGLU with the parameters of all experts."""
-        return self.matrices_per_expert * self.n_expert * self.d_expert // 3
+        return self.matrices_per_expert * self.n_expert * self.expert_width // 3
 
 
 PRESETS = {
@@ -263,7 +264,7 @@ class SoftMoE(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        E, P, h, D = config.n_expert, config.slots_per_expert, config.d_expert, config.d_model
+        E, P, h, D = config.n_expert, config.slots_per_expert, config.expert_width, config.d_model
         self.dispatch, self.n_expert, self.slots = config.dispatch, E, P
         self.window = config.window if config.dispatch == "causal" else 1
         self.phi = nn.Parameter(torch.empty(D, E * P))
@@ -279,7 +280,7 @@ class SoftMoE(nn.Module):
             return self.published(x)
         B, T, D = x.shape
         back, positions = self.window - 1, place.positions
-        if cache is None:  # all texts in one row: nothing reads further back than to position 0, so they stay apart
+        if cache is None:  # all texts in one row: nothing reads back beyond position 0, what lies there has weight 0
             x, positions = x.reshape(1, B * T, D), positions.expand(B, T).reshape(1, B * T)
         elif back:
             x = torch.cat([cache.recent[layer], x], dim=1)
@@ -290,7 +291,7 @@ class SoftMoE(nn.Module):
         combine = logits[:, back:].softmax(-1) * self.n_expert
         u = u.unflatten(-1, (self.n_expert, 1, 2, -1))  # [B, back + T, E, 1, 2, h], or B T in one row
         weights, combine = (
-            a.to(x.dtype).unflatten(-1, (self.n_expert, self.slots))[..., None] for a in (self.window_weights(logits, positions), combine)
+            a.to(u.dtype).unflatten(-1, (self.n_expert, self.slots))[..., None] for a in (self.window_weights(logits, positions), combine)
         )  # [W, B, T, E, P, 1], [B, T, E, P, 1]
         if self.w_out.ndim == 4:
             y = self.swiglu2(u, weights, combine)

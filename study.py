@@ -1,17 +1,19 @@
 """Does the causal Soft MoE help, and if so, why? Every variant at equal parameters, data, steps and recipe.
 
-    python study.py                                       # everything; about 90 minutes on two cores; goes on where it stopped
+    python study.py                                       # everything; an hour on two cores; goes on where it stopped
     python study.py --only dense causal --seeds 1         # some of it
-    python study.py --only dense causal --minutes 5       # equal time instead of equal steps
-    python study.py --steps 4 --out out/quick             # whether it runs
+    python study.py --only dense causal --minutes 4 --out out/minutes        # equal time instead of equal steps
+    python study.py --steps 4 --seeds 1 --flags=--no-compile --out out/quick # whether it runs
 
-A run is one call of train.py on one thread. Two run side by side. out/study/NAME-SEED keeps what a run found.
+A run is one call of train.py on one thread; two run side by side. out/study/NAME-SEED keeps what a run found. Every run reads
+these files anew: leave them alone until the last has begun.
 """
 
 import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -26,8 +28,8 @@ import torch.nn.functional as F
 import train
 from benchmark import peak_memory
 from eval import evenly_spaced, leak
-from model import Decoder, Dense
-from prepare import TokenData
+from model import Decoder
+from prepare import TokenData, write_atomically
 
 # name -> flags of train.py, number of seeds
 VARIANTS = {
@@ -36,6 +38,7 @@ VARIANTS = {
     "causal": ("", 3),  # W = 4
     "convolution": ("--ffn dense", 3),
     "decay": ("--ffn dense", 1),
+    "convolution-token": ("--dispatch token", 1),
     "causal-w2": ("--window 2", 1),
     "causal-w8": ("--window 8", 1),
     "causal-w16": ("--window 16", 1),
@@ -69,65 +72,68 @@ def get_args(argv=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Candidates from outside: the same dense layer behind another way of mixing with the tokens before
+# Candidates from outside: another way of mixing with the tokens before, in front of a feed-forward layer
 
 
-class Convolution(Dense):
+class Convolution(nn.Module):
     """A depthwise causal convolution over the last 4 tokens: a weight per channel and distance, the same everywhere."""
 
     def __init__(self, config):
-        super().__init__(config)
-        self.recency = nn.Parameter(torch.empty(config.d_model, 4))
-        self.state = 3 * config.d_model  # what decoding would have to keep: the inputs before
+        super().__init__()
+        self.kernel = nn.Parameter(torch.tensor([2.0, 0.0, 0.0, 0.0]).softmax(0).repeat(config.d_model, 1))  # as a slot starts
+        self.state = 3 * config.d_model  # numbers to keep for decoding: the inputs before
 
-    def start(self):
-        nn.init.zeros_(self.recency)
-        self.recency[:, 0] = 1.0
-
-    def forward(self, x, place, cache=None, layer=0):
+    def forward(self, x):
         T = x.shape[1]
         padded = F.pad(x, (0, 0, 3, 0))
-        return super().forward(sum(self.recency[:, k] * padded[:, 3 - k : 3 - k + T] for k in range(4)), place)
+        return sum(self.kernel[:, k] * padded[:, 3 - k : 3 - k + T] for k in range(4))
 
 
-class Decay(Dense):
+class Decay(nn.Module):
     """The mean of all tokens so far, weighted exp(-rate * distance), with a bonus for the token itself; 8 groups of channels."""
 
     def __init__(self, config):
-        super().__init__(config)
-        self.recency = nn.Parameter(torch.empty(8, 2))  # rate, bonus
+        super().__init__()
+        if config.d_model % 8:
+            raise SystemExit(f"decay: d_model = {config.d_model} is not a multiple of 8")
+        self.rate = nn.Parameter(torch.linspace(0.1, 2.0, 8))
+        self.bonus = nn.Parameter(torch.full((8,), 2.0))
         self.state = config.d_model + 8  # the weighted sums and their weights
 
-    def start(self):
-        self.recency[:, 0] = torch.linspace(0.1, 2.0, 8)
-        self.recency[:, 1] = 2.0
+    def forward(self, x):
+        index = torch.arange(x.shape[1], device=x.device)
+        distance = index[:, None] - index
+        scores = self.bonus[:, None, None] * (distance == 0) - self.rate.abs()[:, None, None] * distance
+        weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)  # [8, T, T]
+        return (weights @ x.unflatten(-1, (8, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
+
+
+class Behind(nn.Module):
+    """A feed-forward layer behind a mixing of its input."""
+
+    def __init__(self, mixing, ffn):
+        super().__init__()
+        self.mixing, self.ffn = mixing, ffn
 
     def forward(self, x, place, cache=None, layer=0):
-        T = x.shape[1]
-        distance = torch.arange(T, device=x.device)[:, None] - torch.arange(T, device=x.device)
-        rate, bonus = self.recency[:, :1, None], self.recency[:, 1:, None]
-        scores = (bonus * (distance == 0) - rate.abs() * distance).masked_fill(distance < 0, -torch.inf)  # [8, T, T]
-        groups = x.unflatten(-1, (8, -1)).transpose(1, 2)  # [B, 8, T, D / 8]
-        return super().forward((scores.softmax(-1) @ groups).transpose(1, 2).flatten(2), place)
+        return self.ffn(self.mixing(x), place)
 
 
-CANDIDATES = {"convolution": Convolution, "decay": Decay}
+CANDIDATES = {"convolution": Convolution, "convolution-token": Convolution, "decay": Decay}
 
 
 class Candidate(Decoder):
-    """A decoder whose dense layers are of another class; set `layer` first. Decoding it is not written."""
+    """A decoder with a mixing in front of each feed-forward layer; set its class first. How it would decode is not written."""
 
-    layer = None
+    mixing = None
     has_cache = False
 
     def __init__(self, config):
         super().__init__(config)
+        if config.reset_id >= 0:
+            raise SystemExit("the candidates from outside know no documents: leave --reset-at-eos out")
         for block in self.blocks:
-            dense, block.ffn = block.ffn, self.layer(config)
-            with torch.no_grad():  # all but the mixing starts as the dense layer
-                block.ffn.start()
-                block.ffn.w_in.copy_(dense.w_in)
-                block.ffn.w_out.copy_(dense.w_out)
+            block.ffn = Behind(self.mixing(config), block.ffn)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -138,12 +144,11 @@ def settings(args):
     return {"steps": args.steps, "minutes": args.minutes, "data": args.data, "flags": args.flags}
 
 
-def step_memory(model, data):
-    """Most bytes alive during a training step of one micro-batch, beyond weights and optimizer."""
-    ids = torch.from_numpy(np.stack([data[i] for i in range(16)]))
-    if train.can_compile("cpu"):
-        for block in model.blocks:
-            block.compile()
+def step_memory(model, data, micro_batch, compiled):
+    """Most bytes alive during the forward and backward of one micro-batch, beyond weights and optimizer."""
+    ids = torch.from_numpy(np.stack([data[i % len(data)] for i in range(micro_batch)]))
+    for block in model.blocks if compiled else ():
+        block.compile()
 
     def step():
         model(ids[:, :-1], ids[:, 1:]).backward()
@@ -157,18 +162,18 @@ def decode_state(model):
     if model.config.reads_ahead:
         return None
     ffn = model.blocks[0].ffn
-    return ffn.state if hasattr(ffn, "state") else model.new_cache(1, 1).recent[0].numel()
+    return ffn.mixing.state if isinstance(ffn, Behind) else model.new_cache(1, 1).recent[0].numel()
 
 
 def run_one(name, seed, args):
     """Train one variant and write what it found to result.json."""
     out = args.out / f"{name}-{seed}"
     if name in CANDIDATES:
-        Candidate.layer = CANDIDATES[name]
+        Candidate.mixing = CANDIDATES[name]
         train.Decoder = Candidate
-    argv = ["--data", args.data, "--out", str(out), "--seed", str(seed), "--eval-every", "0"]
+    argv = [*args.flags.split(), *VARIANTS[name][0].split(), "--data", args.data, "--out", str(out), "--seed", str(seed)]
     argv += ["--steps", str(args.steps)] if args.steps else ["--minutes", str(args.minutes)]
-    argv += ["--save-every", "200", "--keep", "1", *VARIANTS[name][0].split(), *args.flags.split()]
+    argv += ["--eval-every", "0", "--save-every", "200", "--keep", "1"]
     train.main(argv + (["--resume"] if any(out.glob("step-*")) else []))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     if "val_loss" not in lines[-1]:
@@ -176,7 +181,7 @@ def run_one(name, seed, args):
     model = train.Decoder.load(out)
     state = json.loads((model.checkpoint / "state.json").read_text(encoding="utf-8"))
     val = TokenData(args.data, "val", model.config.block_size)
-    result = {**settings(args), "loss": lines[-1]["val_loss"], "bpb": lines[-1]["val_bpb"], "parameters": model.n_params(),
+    result = {"loss": lines[-1]["val_loss"], "bpb": lines[-1]["val_bpb"], "parameters": model.n_params(),
               "trained": state["samples"] * model.config.block_size, "state": decode_state(model),
               "speed": statistics.median(line["tokens_per_second"] for line in lines if "loss" in line)}  # fmt: skip
     if name == "sequence":  # its own loss says nothing; how far it is off is measured on every fifth block or so
@@ -184,8 +189,8 @@ def run_one(name, seed, args):
         result["claimed"] = result["loss"]
         result["loss"] += scores["honest"] - scores["teacher-forced"]
         result["bpb"] *= result["loss"] / result["claimed"]
-    result["memory"] = step_memory(model, val)
-    (out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    result["memory"] = step_memory(model, val, state["args"]["micro_batch"], state["machine"]["compile"])
+    write_atomically(out / "result.json", json.dumps(result, indent=1).encode("utf-8"))
     if name in CANDIDATES:
         shutil.rmtree(model.checkpoint)  # sample.py and eval.py would take it for a dense model
 
@@ -193,13 +198,19 @@ def run_one(name, seed, args):
 def result_of(name, seed, args):
     """What a run found, or None if it is yet to be done."""
     path = args.out / f"{name}-{seed}" / "result.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def open_study(args):
+    """The folder of a study is of one kind of run: what has begun in it must not go on in another way."""
+    path, given = args.out / "study.json", settings(args)
     if not path.exists():
-        return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    other = [f"{key} {result[key]!r}, not {value!r}" for key, value in settings(args).items() if result[key] != value]
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(given, indent=1).encode("utf-8"))
+    begun = json.loads(path.read_text(encoding="utf-8"))
+    other = [f"{key} {begun.get(key)!r}, not {value!r}" for key, value in given.items() if begun.get(key) != value]
     if other:
-        raise SystemExit(f"{path} is of another study ({'; '.join(other)}): choose another --out")
-    return result
+        raise SystemExit(f"{args.out} holds another study ({'; '.join(other)}): choose another --out")
 
 
 def run_all(args, seeds):
@@ -207,7 +218,6 @@ def run_all(args, seeds):
     todo = [(name, seed) for seed in range(max(seeds.values())) for name in args.only if seed < seeds[name]]
     todo = [run for run in todo if not result_of(*run, args)]
     running, failed = {}, []
-    args.out.mkdir(parents=True, exist_ok=True)
     try:
         while todo or running:
             while todo and len(running) < args.workers:
@@ -255,7 +265,12 @@ def main(argv=None):
     if args.run:
         return run_one(args.run[0], int(args.run[1]), args)
     seeds = {name: args.seeds or VARIANTS[name][1] for name in args.only}
-    failed = run_all(args, seeds)
+    open_study(args)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
+    try:
+        failed = run_all(args, seeds)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on")
     print_table(args, seeds)
     if failed:
         raise SystemExit(f"these runs failed: {', '.join(failed)}")

@@ -102,8 +102,9 @@ def test_compiled_blocks_are_causal_to_the_last_bit_and_have_the_gradients_of_ea
         assert torch.equal(before[:, :20], after[:, :20]) and not torch.equal(before[:, 20], after[:, 20])
         model.zero_grad()
         before.square().mean().backward()
-        results.append(torch.cat([before.detach().flatten(), *(p.grad.flatten() for p in model.parameters())]))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4 * results[0].abs().max().item())
+        results.append([before.detach(), *(p.grad for p in model.parameters())])
+    for got, expected in zip(*reversed(results)):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
 # --- documents packed together
@@ -373,10 +374,12 @@ def test_autocast_to_bfloat16_stays_near_fp32(changes):
             loss = model(ids[:, :-1], ids[:, 1:])
         loss.backward()
         assert loss.dtype == torch.float32
-        results.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])))
-    (loss, gradient), (loss_16, gradient_16) = results
+        results.append((loss.item(), {name: p.grad for name, p in model.named_parameters()}))
+    (loss, gradients), (loss_16, gradients_16) = results
     assert loss_16 == pytest.approx(loss, rel=5e-3)
-    assert (gradient_16 - gradient).norm() < 0.05 * gradient.norm()
+    for name, gradient in gradients.items():
+        error = (gradients_16[name] - gradient).norm() / gradient.norm()
+        assert error < 0.25, (name, error)
 
 
 # --- sizes and configuration
