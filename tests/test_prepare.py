@@ -3,13 +3,15 @@
 import gzip
 import hashlib
 import json
+import random
+from collections import Counter
 
 import numpy as np
 import pytest
 from conftest import call, python, refused
 
 import prepare
-from prepare import TokenData, clean
+from prepare import Ledger, TokenData, clean
 from tokenizer import load_tokenizer
 
 SMALL = ["--vocab-size", "330"]
@@ -48,12 +50,14 @@ def test_every_format_gives_the_same_documents(tmp_path):
                 held_out = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") % 20 == 0
                 assert held_out == (split == "val")
         assert 0 < len(texts["val"]) < 30
-        assert manifest["ledger"][name[0]] == {"read": 200, "empty": 0, "duplicate": 0, "kept": 200, "val": len(texts["val"])}
+        assert manifest["ledger"][name[0]] == {
+            "read": 200, "empty": 0, "filtered": {}, "duplicate": 0, "kept": 200, "val": len(texts["val"]),
+        }  # fmt: skip
     # All together in one folder: the copies are dropped, and the ledger says so.
     call("prepare.py", tmp_path / "a.jsonl", tmp_path / "b.json", "--out", tmp_path / "ab", *SMALL)
     texts, manifest = kept_texts(tmp_path / "ab")
     assert sorted(texts["train"] + texts["val"]) == expected
-    assert manifest["ledger"]["b"] == {"read": 200, "empty": 0, "duplicate": 200, "kept": 0, "val": 0}
+    assert manifest["ledger"]["b"] == {"read": 200, "empty": 0, "filtered": {}, "duplicate": 200, "kept": 0, "val": 0}
 
 
 def test_a_long_text_file_is_cut_at_line_ends_and_loses_nothing(tmp_path):
@@ -193,3 +197,75 @@ def test_a_block_longer_than_the_data_is_refused_with_the_numbers(prepared):
         TokenData(prepared, "val", 100_000)
     with pytest.raises(SystemExit, match="no data in .*nowhere: python prepare.py"):
         TokenData(prepared / "nowhere")
+
+
+# --- operators
+
+
+@pytest.mark.parametrize(
+    "operator, text, expected",
+    [
+        ("clean_email", "写信给ab.c+1@mail-x.example.com。好", "写信给。好"),
+        ("clean_email", "a@b 不是", "a@b 不是"),
+        ("clean_ip", "从192.168.0.255来，到2001:0db8:0:0:0:0:0:1去", "从来，到去"),
+        ("clean_ip", "版本1.2.3", "版本1.2.3"),
+        ("clean_links", "请看http://a.cn/b(c)d。很好", "请看。很好"),  # right behind Chinese, and no further than Chinese
+        ("clean_links", "see (https://en.wikipedia.org/wiki/Soft_(MoE)), and www.example.com/x!", "see (), and !"),
+        ("clean_links", "file.txt example.com/path a:b", "file.txt  a:b"),
+        ("clean_html", "<p>一&amp;二</p><ul><li>甲</li><li>乙</li></ul>", "一&二\n*甲\n*乙"),
+        ("clean_html", "if a<b and c>d:\n  x", "if a<b and c>d:\n  x"),  # no tag
+        ("clean_html", "x <b and c>, <a href='u'>甲</a> <br/>", "x <b and c>, 甲 "),
+        ("clean_copyright", "/* Copyright 2020 */\nint a;", "\nint a;"),
+        ("clean_copyright", "/* what it does */\nint a;", "/* what it does */\nint a;"),
+        ("clean_copyright", "# Copyright me\n# all rights\nimport a", "import a"),
+        ("clean_copyright", "#include <a.h>\n#define B", "#include <a.h>\n#define B"),
+        ("clean_copyright", "# A title\n\ntext", "# A title\n\ntext"),
+        ("expand_macro", "\\newcommand{\\R}{real}\n\\def\\a{one}\n\\R and \\Rx \\a.", "\\newcommand{real}{real}\n\\defone{one}\nreal and \\Rx one."),
+        ("fix_unicode", "cafe\u0301 &lt;，。！", "caf\u00e9 <，。！"),
+        ("punctuation_normalization", "“好”，１…", '"好","...'),
+        ("remove_repeat_sentences", "好的。走吧！好的。\n嗯。嗯。走吧？", "好的。走吧！\n嗯。嗯。"),
+        ("remove_specific_chars", "◆一|二●", "一|二"),
+        ("whitespace_normalization", "\u3000一\u00a0二  三\n四\t", "一 二  三\n四"),
+    ],
+)  # fmt: skip
+def test_mappers(operator, text, expected):
+    assert getattr(prepare, operator)(text) == expected
+
+
+@pytest.mark.parametrize(
+    "operator, text, expected",
+    [
+        ("alphanumeric", "一2a。", 0.75),
+        ("letters_per_word", "ab c1 (", 4 / 3),
+        ("average_line_length", "abc\ndefgh\n", 5.0),
+        ("maximum_line_length", "abc\ndefgh\n", 5),
+        ("character_repetition", "abcdefghij" * 3, 7 / 21),  # of 10 kinds the 3 = int(sqrt(10)) most frequent: 3 + 2 + 2
+        ("character_repetition", "abcdefghijklmnopqrst", 0.0),
+        ("words_num", "一上 Hello, world! ——", 4),
+        ("word_repetition", "a b c d e f g h i j a b c d e f g h i j", 2 / 11),
+        ("word_repetition", "却说曹操引兵渡河正遇关" * 2, 4 / 13),
+        ("special_characters", "一上a。 1", 0.5),
+        ("text_length", "一二", 2),
+    ],
+)
+def test_filters(operator, text, expected):
+    assert getattr(prepare, operator)(text) == pytest.approx(expected)
+    assert getattr(prepare, operator)("") == 0
+
+
+@pytest.mark.parametrize("n", [1, 3, 10])
+def test_ngram_counts_are_those_of_a_dictionary(n):
+    text = "".join(random.Random(n).choices("abc", k=500))
+    expected = sorted(Counter(text[i : i + n] for i in range(len(text) - n + 1)).values(), reverse=True)
+    assert prepare.ngram_counts(np.array([ord(c) for c in text], dtype=np.uint64), n).tolist() == expected
+
+
+def test_a_pipeline_names_what_dropped_a_document_and_the_ledger_closes(tmp_path, capsys):
+    texts = ["却说曹操引兵渡河，正遇关公在前。", "短", "！！！！！！！！！！！！？？？？？？", "A plain English sentence of some words."]
+    ledger = Ledger("auto", show=1)
+    kept = [text for text, _ in ledger.cleaned("web", texts)]
+    count = ledger.sources["web"]
+    assert kept == [texts[0], texts[3]] and count["filtered"] == {"text_length": 1, "words_num": 1}
+    assert count["read"] == count["kept"] + count["empty"] + count["duplicate"] + sum(count["filtered"].values())
+    assert capsys.readouterr().out.splitlines()[0] == "web: text_length dropped '短'"
+    assert prepare.run_pipeline("却说曹操。" * 3, "zh") == ("却说曹操。", "text_length")  # what is measured is what the mappers leave
