@@ -45,7 +45,7 @@ def get_args(argv=None):
     what.add_argument("--leak", action="store_true", help="teacher-forced against honest against cached loss")
     what.add_argument("--noise", action="store_true", help="no checkpoint: what each dispatch learns from random tokens")
     what.add_argument("--routing", action="store_true", help="show the Soft MoE at work on --prompt")
-    parser.add_argument("--prompt", default="却说曹操引兵渡河，正遇关公。", help="text for --routing")
+    parser.add_argument("--prompt", help="text for --routing")
     parser.add_argument("--png", help="with --routing: draw it into this file too (needs matplotlib)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     args = parser.parse_args(argv)
@@ -53,8 +53,9 @@ def get_args(argv=None):
         parser.error("--routing shows --prompt: leave --data and --text out")
     if args.noise and (args.data or args.text or args.checkpoints != ["out"] or args.device != "auto"):
         parser.error("--noise draws its own tokens and trains its own models on the CPU: leave everything else out")
-    if args.png and not args.routing:
-        parser.error("--png goes with --routing")
+    for name in ("png", "prompt"):
+        if getattr(args, name) is not None and not args.routing:
+            parser.error(f"--{name} goes with --routing")
     if args.png and not (Path(args.png).suffix == ".png" and Path(args.png).absolute().parent.is_dir()):
         parser.error(f"--png {args.png}: expected a name ending in .png in a folder that exists")
     return args
@@ -299,7 +300,7 @@ def main(argv=None):
         model = Decoder.load(given).to(device)
         path, config, tokenizer = model.checkpoint, model.config, load_tokenizer(model.checkpoint)
         if args.routing:
-            print_routing(model, tokenizer, args.prompt, args.png)
+            print_routing(model, tokenizer, args.prompt or "却说曹操引兵渡河，正遇关公。", args.png)
             continue
         if args.text:
             blocks = text_blocks(args.text, tokenizer, config.block_size)

@@ -14,16 +14,16 @@ Shapes: B batch, T time, D width (d_model), H heads, G key/value heads, K head d
 import hashlib
 import json
 import math
-import pickle  # for the name of its error: nothing here is unpickled
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from pickle import UnpicklingError  # what torch.load raises at code in a file; nothing here is unpickled
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
 # ---------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -296,7 +296,7 @@ class SoftMoE(nn.Module):
         if self.w_out.ndim == 4:
             y = self.swiglu2(u, weights, combine)
         elif torch.is_grad_enabled():  # of all this only u is kept for backward: the rest is wide, and cheap to make again
-            y = checkpoint(self.swiglu, u, weights, combine, use_reentrant=False, preserve_rng_state=False)
+            y = recomputed(self.swiglu, u, weights, combine, use_reentrant=False, preserve_rng_state=False)
         else:
             y = self.swiglu(u, weights, combine)
         return y.view(B, T, D)
@@ -542,7 +542,7 @@ def read_tensors(path, device="cpu"):
     """What torch.save wrote, if it is nothing but tensors in dicts and lists; code in it is refused, not run."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
+    except (UnpicklingError, RuntimeError) as error:
         raise SystemExit(f"{path} is not a file of tensors ({str(error).splitlines()[0]}): use another checkpoint")
 
 

@@ -273,15 +273,15 @@ def file_parts(inputs):
 # Mappers give a text; filters give a number, which the pipeline bounds. All take time linear in the text.
 
 
-def characters(ranges):
-    """"0041-0043 0061" -> {"A", "B", "C", "a"}: code points in hexadecimal."""
+def code_points(ranges):
+    """Ranges in hexadecimal to a set of characters: 0041-0043 0061 are A, B, C and a."""
     pairs = (part.partition("-") for part in ranges.split())
     return {chr(code) for low, _, high in pairs for code in range(int(low, 16), int(high or low, 16) + 1)}
 
 
-SPACES = characters("0009 0020 0084 00A0 2000 2001 2002 2003 2004 2005 2006 2007 2008 2009 200A 200B 200C 200D 202F 205F 2060 3000 FFFC")
+SPACES = code_points("0009 0020 0084 00A0 2000 2001 2002 2003 2004 2005 2006 2007 2008 2009 200A 200B 200C 200D 202F 205F 2060 3000 FFFC")
 # Of the special characters, Data-Juicer's lists (Apache-2.0), which go back to BigScience's; ASCII's digits are among them.
-SPECIAL = characters(
+SPECIAL = code_points(
     "0009-000D 0020-0040 005B-0060 007B-007E 0081-0085 0091-0093 0095-0099 009C-009D 00A1-00AB 00AD-00B4 00B7-00BF 00D7 "
     "00F7-00F8 0131 026A 02BA-02BC 02C8 02CC 02D0 02D8 02DA 02DC 03C0 0413 060C 0647 066A 066C 06E9 093E 0940 0947 094D "
     "097D 09BE 0E51 2002-2003 2005 2008-200B 2010-2011 2013-2016 2018-201A 201C-2020 2022 2024 2026 202F-2030 2032-2033 "
@@ -310,7 +310,7 @@ PUNCTUATION = str.maketrans(
 
 
 def fix_unicode(text):
-    """Mojibake repaired, with ftfy where it is installed; entities decoded, composed characters (NFC), line ends \n.
+    """Mojibake repaired, with ftfy where it is installed; entities decoded, characters composed (NFC), line ends of one kind.
 
     Full-width punctuation stays: in Chinese text it is right.
     """
@@ -396,22 +396,18 @@ def clean_html(text):
 
 
 COMMENT_BLOCK = re.compile(r"/\*(?:[^*]++|\*(?!/))*+\*/")
+COMMENT = re.compile(r"//|--|#(?:[\s#]|$)")  # not #include, and not #!/bin/sh
 COPYRIGHT = re.compile("copyright|licen[cs]e|©|版权", re.IGNORECASE)
 
 
-def clean_copyright(text, any_comment=False):
-    """The first /* */ if it speaks of copyright; else the comment lines at the beginning, if they do.
-
-    any_comment: these lines in any case, as Data-Juicer does, which takes #include and the titles of Markdown for comments.
-    """
+def clean_copyright(text):
+    """The first /* */ goes if it speaks of copyright; if there is none, the comment lines at the beginning do if they do."""
     block = COMMENT_BLOCK.search(text)
     if block:
         return text[: block.start()] + text[block.end() :] if "copyright" in block.group().lower() else text
     lines = text.split("\n")
-    n = 0
-    while n < len(lines) and lines[n].startswith(("//", "#", "--") if any_comment else ("//", "# ", "#\n", "--")):
-        n += 1
-    return "\n".join(lines[n:]) if n and (any_comment or COPYRIGHT.search("\n".join(lines[:n]))) else text
+    n = next((i for i, line in enumerate(lines) if not COMMENT.match(line)), len(lines))
+    return "\n".join(lines[n:]) if COPYRIGHT.search("\n".join(lines[:n])) else text
 
 
 NEWCOMMAND = re.compile(r"^[ \t]*\\newcommand\*?\{?(\\[A-Za-z]+)\}?\{(.*)\}[ \t]*$", re.MULTILINE)
@@ -498,8 +494,6 @@ def character_repetition(text, n=10):
 
 CJK = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
 WORD = re.compile(rf"{CJK.pattern}|(?:(?!{CJK.pattern})\S)+")
-
-
 NO_LETTERS = {c for c in SPECIAL if not c.isalpha()}  # 一, 上, 士 and strokes of kana are on the lists
 EDGES = "".join(sorted(NO_LETTERS))
 
@@ -538,34 +532,32 @@ def text_length(text):
 
 
 ANY = math.inf
+PROSE = [
+    (fix_unicode,), (expand_macro,), (clean_html,), (clean_links,), (clean_email,), (clean_ip,), (remove_specific_chars,),
+    (remove_repeat_sentences,), (whitespace_normalization,),
+    (text_length, 10, 100_000), (words_num, 5, 100_000), (maximum_line_length, 0, 20_000), (alphanumeric, 0.5, 1.0),
+    (special_characters, 0.0, 0.4), (character_repetition, 0.0, 0.4), (word_repetition, 0.0, 0.5),
+]  # fmt: skip
 # What is done to a document, in this order: a mapper changes it, a filter with its bounds keeps it iff low <= number <= high.
 # `published` are Steel-LLM's settings, for comparison: on Chinese they drop or damage most of what they meet.
 PIPELINES = {
-    "zh": [
-        (fix_unicode,), (clean_html,), (clean_links,), (clean_email,), (clean_ip,), (remove_specific_chars,),
-        (remove_repeat_sentences,), (whitespace_normalization,),
-        (text_length, 10, 100_000), (words_num, 5, 100_000), (average_line_length, 4, ANY), (maximum_line_length, 0, 20_000),
-        (alphanumeric, 0.5, 1.0), (special_characters, 0.0, 0.4), (character_repetition, 0.0, 0.4), (word_repetition, 0.0, 0.5),
-    ],
-    "en": [
-        (fix_unicode,), (clean_html,), (clean_links,), (clean_email,), (clean_ip,), (remove_specific_chars,),
-        (remove_repeat_sentences,), (whitespace_normalization,),
-        (text_length, 10, 100_000), (words_num, 5, 100_000), (average_line_length, 10, ANY), (maximum_line_length, 0, 20_000),
-        (alphanumeric, 0.5, 1.0), (special_characters, 0.0, 0.4), (character_repetition, 0.0, 0.4), (word_repetition, 0.0, 0.5),
-    ],
+    "zh": [*PROSE, (average_line_length, 4, ANY)],
+    "en": [*PROSE, (average_line_length, 10, ANY)],
     "code": [
         (fix_unicode,), (clean_copyright,), (clean_email,), (clean_ip,),
         (text_length, 10, 96_714), (words_num, 5, 20_000), (average_line_length, 5, 150), (maximum_line_length, 0, 1000),
         (letters_per_word, 0.546, 30.0), (character_repetition, 0.0, 0.5), (word_repetition, 0.0, 0.5),
     ],
     "published": [
-        (chinese_convert,), (clean_email,), (clean_html,), (clean_ip,), (clean_links, {"pattern": LINK}), (fix_unicode,), (punctuation_normalization,),
-        (remove_repeat_sentences,), (remove_specific_chars, {"chars": DECORATION + "|"}), (whitespace_normalization,),
+        (chinese_convert,), (clean_email,), (clean_html,), (clean_ip,), (clean_links, {"pattern": LINK}), (fix_unicode,),
+        (punctuation_normalization,), (remove_repeat_sentences,), (remove_specific_chars, {"chars": DECORATION + "|"}),
+        (whitespace_normalization,),
         (alphanumeric, 0.0, 0.9), (average_line_length, 10, 150), (maximum_line_length, 0, 1000), (character_repetition, 0.0, 0.4),
-        
-        (word_repetition, 0.0, 0.5, {"split": spaced_words}), (special_characters, 0.0, 0.25, {"special": SPECIAL}), (text_length, 10, 100_000),
+        (word_repetition, 0.0, 0.5, {"split": spaced_words}), (special_characters, 0.0, 0.25, {"special": SPECIAL}),
+        (text_length, 10, 100_000),
     ],
 }  # fmt: skip
+PROGRAMS = {"stdlib"}  # sources whose documents --pipeline auto takes for code
 
 
 def run_pipeline(text, pipeline):
@@ -615,9 +607,8 @@ class Ledger:
         for text in texts:
             text, dropped_by = clean(text), None
             if text and self.pipeline != "none":
-                spoken = "code" if source == "stdlib" else language(text)
+                spoken = "code" if source in PROGRAMS else language(text)
                 text, dropped_by = run_pipeline(text, spoken if self.pipeline == "auto" else self.pipeline)
-            digest = hashlib.sha256(text.encode("utf-8")).digest()[:16]
             count["read"] += 1
             if dropped_by:
                 count["filtered"][dropped_by] = count["filtered"].get(dropped_by, 0) + 1
@@ -625,7 +616,7 @@ class Ledger:
                     print(f"{source}: {dropped_by} dropped {text!r}")
             elif not text:
                 count["empty"] += 1
-            elif digest in self.seen:
+            elif (digest := hashlib.sha256(text.encode("utf-8")).digest()[:16]) in self.seen:
                 count["duplicate"] += 1
             else:
                 self.seen.add(digest)
@@ -675,7 +666,8 @@ def prepare(inputs, out, tokenizer="sp", vocab_size=8192, pipeline="none", show_
         raise SystemExit(f"{out} is prepared already: choose another --out, or delete the folder")
     parts = file_parts(inputs) if inputs else default_parts()
     if not any(split == "train" for source, *_, documents in parts for _, split in Ledger(pipeline).cleaned(source, documents())):
-        raise SystemExit(f"no text to train on in {', '.join(map(str, inputs))}: every document was empty, filtered or held out; give more")
+        given = ", ".join(map(str, inputs))
+        raise SystemExit(f"no text to train on in {given}: every document was empty, filtered or held out; give more")
     out.mkdir(parents=True, exist_ok=True)
 
     if tokenizer == "sp":
@@ -721,7 +713,8 @@ def print_ledger(manifest, out):
     for source, count in manifest["ledger"].items():
         shards = [shard for shard in manifest["shards"] if shard["source"] == source]
         tokens, text_bytes = (sum(shard[key] for shard in shards) for key in ("tokens", "bytes"))
-        print(f"{source:<12}{count['read']:>9,}{count['empty']:>8,}{sum(count['filtered'].values()):>10,}{count['duplicate']:>8,}{count['kept']:>9,}"
+        filtered = sum(count["filtered"].values())
+        print(f"{source:<12}{count['read']:>9,}{count['empty']:>8,}{filtered:>10,}{count['duplicate']:>8,}{count['kept']:>9,}"
               f"{count['val']:>7,}{tokens:>13,}{text_bytes / max(tokens, 1):>13.2f}")  # fmt: skip
         biggest = sorted(count["filtered"].items(), key=lambda item: -item[1])[:5]
         if biggest:

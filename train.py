@@ -6,7 +6,7 @@
     torchrun --nproc_per_node 4 train.py --preset small --data data/mine --steps 20000              # 4 GPUs
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...   # on both nodes
 
-A run leaves out/RUN/metrics.jsonl and checkpoints out/RUN/step-XXXXXXXX. Ctrl-C or SIGTERM finishes the step, saves
+A run leaves out/RUN/metrics.jsonl and checkpoints like out/RUN/step-00000500. Ctrl-C or SIGTERM finishes the step, saves
 and exits; --resume goes on from there as if nothing had happened.
 """
 
@@ -218,7 +218,7 @@ def lr_factor(step, progress, args):
 
 
 def save_checkpoint(run, state, model, optimizers, tokenizer_file, args):
-    """Write run/step-XXXXXXXX under a temporary name, flush it to the disk, rename it; then remove old ones."""
+    """Write the checkpoint of a step under a temporary name, flush it to the disk, rename it; then remove old ones."""
     final = run / f"step-{state['step']:08d}"
     temporary = run / f".{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)

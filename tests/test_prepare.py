@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import random
+import sys
 from collections import Counter
 
 import numpy as np
@@ -217,7 +218,8 @@ def test_a_block_longer_than_the_data_is_refused_with_the_numbers(prepared):
         ("clean_html", "x <b and c>, <a href='u'>甲</a> <br/>", "x <b and c>, 甲 "),
         ("clean_copyright", "/* Copyright 2020 */\nint a;", "\nint a;"),
         ("clean_copyright", "/* what it does */\nint a;", "/* what it does */\nint a;"),
-        ("clean_copyright", "# Copyright me\n# all rights\nimport a", "import a"),
+        ("clean_copyright", "# Copyright me\n#\n# all rights\nimport a", "import a"),
+        ("clean_copyright", "#!/bin/sh\n# Copyright me\nls", "#!/bin/sh\n# Copyright me\nls"),
         ("clean_copyright", "#include <a.h>\n#define B", "#include <a.h>\n#define B"),
         ("clean_copyright", "# A title\n\ntext", "# A title\n\ntext"),
         ("expand_macro", "\\newcommand{\\R}{real}\n\\def\\a{one}\n\\R and \\Rx \\a.", "\\newcommand{real}{real}\n\\defone{one}\nreal and \\Rx one."),
@@ -269,3 +271,20 @@ def test_a_pipeline_names_what_dropped_a_document_and_the_ledger_closes(tmp_path
     assert count["read"] == count["kept"] + count["empty"] + count["duplicate"] + sum(count["filtered"].values())
     assert capsys.readouterr().out.splitlines()[0] == "web: text_length dropped '短'"
     assert prepare.run_pipeline("却说曹操。" * 3, "zh") == ("却说曹操。", "text_length")  # what is measured is what the mappers leave
+
+
+def test_the_published_settings_do_to_chinese_what_they_did():
+    text = "漢語的“書”，好。子丑寅卯辰巳午未申酉戌亥甲乙丙丁戊己庚辛壬癸，見http://a.cn/b與邊 走|了|看。"
+    expected = '汉语的"书",好.子丑寅卯辰巳午未申酉戌亥甲乙丙丁戊己庚辛壬癸,见 走了看.'
+    assert prepare.run_pipeline(text, "published") == (expected, None)
+    assert prepare.run_pipeline("漢語的書好子丑寅卯辰巳午", "published")[1] == "alphanumeric"  # plain prose
+
+
+def test_what_is_not_installed_is_done_without_or_named(monkeypatch):
+    assert prepare.fix_unicode("ä½\xa0å¥½，caf\u00e9") == "你好，caf\u00e9"  # bytes of UTF-8 that were read as Latin-1
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    assert prepare.fix_unicode("ä½\xa0å¥½ &lt;e\u0301\r\n") == "ä½\xa0å¥½ <\u00e9\n"
+    monkeypatch.setitem(sys.modules, "opencc", None)
+    prepare.opencc_converter.cache_clear()
+    with pytest.raises(SystemExit, match="pip install opencc"):
+        prepare.chinese_convert("漢")
