@@ -182,27 +182,30 @@ def orthogonalized(x, steps=5):
     return x.mT if tall else x
 
 
-MATRICES = ("qkv", "out", "w_in", "w_out")
+MATRICES = ("qkv", "out", "w_in")
 # Learning rates of what AdamW takes, as multiples of --lr: an embedding row sees few tokens and wants large steps, and norms,
-# biases and routers take the same.
-REST_RATE, HEAD_RATE = 12.0, 6.0
+# biases and routers take the same; of the matrices, the last one of a feed-forward layer wants smaller steps.
+REST_RATE, HEAD_RATE, W_OUT_RATE = 12.0, 6.0, 1 / 6
 
 
 def make_optimizers(model, args):
     """Every parameter in exactly one group; a group's `scale` multiplies the scheduled learning rate."""
-    groups = {"matrices": [], "head": [], "rest": []}
+    groups = {"matrices": [], "w_out": [], "head": [], "rest": []}
     for name, p in model.named_parameters():
         leaf = name.rpartition(".")[2]
-        group = "matrices" if leaf in MATRICES else "head" if leaf == "head" else "rest"
+        group = leaf if leaf in groups else "matrices" if leaf in MATRICES else "rest"
         groups[group].append(p)
     rest = [
         {"params": groups["rest"], "scale": REST_RATE, "weight_decay": 0.0},
         {"params": groups["head"], "scale": HEAD_RATE, "weight_decay": 0.0},
     ]
-    matrices = {"params": groups["matrices"], "scale": 1.0, "weight_decay": args.weight_decay}
-    adamw_groups = rest if args.optimizer == "muon" else [matrices, *rest]
+    matrices = [
+        {"params": groups["matrices"], "scale": 1.0, "weight_decay": args.weight_decay},
+        {"params": groups["w_out"], "scale": W_OUT_RATE, "weight_decay": args.weight_decay},
+    ]
+    adamw_groups = rest if args.optimizer == "muon" else [*matrices, *rest]
     adamw = torch.optim.AdamW([g for g in adamw_groups if g["params"]], lr=args.lr, betas=(0.8, 0.99), fused=True)
-    return [Muon([matrices], lr=args.lr), adamw] if args.optimizer == "muon" else [adamw]
+    return [Muon(matrices, lr=args.lr), adamw] if args.optimizer == "muon" else [adamw]
 
 
 def lr_factor(step, progress, args):
