@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from model import Config, Decoder, choose_device, cross_entropy
-from prepare import TokenData, file_sha256
+from prepare import TokenData, file_sha256, targets_of
 from tokenizer import load_tokenizer
 
 MAX_TOKENS = 1 << 20  # enough for bits per byte to be sure in the third decimal
@@ -82,11 +82,12 @@ def evaluate(model, blocks, token_bytes, device="cpu", batch_tokens=4096, max_to
     training = model.training
     model.eval()
     for start in range(0, len(chosen), batch):
-        ids = np.stack([blocks[i] for i in chosen[start : start + batch]])
-        counted = ids[:, 1:][ids[:, 1:] >= 0]
-        ids = torch.from_numpy(ids).to(device)
+        numbers = chosen[start : start + batch]
+        ids, targets = (np.stack(rows) for rows in ([blocks[i][:-1] for i in numbers], [targets_of(blocks, i) for i in numbers]))
+        counted = targets[targets >= 0]
+        ids, targets = (torch.from_numpy(a).to(device) for a in (ids, targets))
         with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
-            nats += model(ids[:, :-1], ids[:, 1:]).item() * len(counted)
+            nats += model(ids, targets).item() * len(counted)
         tokens += len(counted)
         text_bytes += int(byte_lengths[counted].sum())
     model.train(training)

@@ -19,6 +19,8 @@ import re
 import unicodedata
 from pathlib import Path
 
+import numpy as np
+
 END_OF_TEXT, CHAT_START, CHAT_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIALS = (END_OF_TEXT, CHAT_START, CHAT_END)
 
@@ -42,6 +44,10 @@ class Tokenizer:
     def encode(self, text):
         """str -> list of ids, specials excluded. Lone surrogates, which UTF-8 cannot hold, become "?"."""
         raise NotImplementedError
+
+    def encode_array(self, text):
+        """As encode, -> uint32 array."""
+        return np.array(self.encode(text), dtype=np.uint32)
 
     def decode(self, ids):
         """ids -> str. Specials vanish; bytes that are no UTF-8 become U+FFFD."""
@@ -192,6 +198,10 @@ class Qwen(Tokenizer):
     def encode(self, text):
         text = text.encode("utf-8", errors="replace").decode("utf-8")
         return self.encoding.encode_ordinary(unicodedata.normalize("NFC", text))
+
+    def encode_array(self, text):  # without a list of Python numbers in between
+        text = text.encode("utf-8", errors="replace").decode("utf-8")
+        return self.encoding.encode_to_numpy(unicodedata.normalize("NFC", text), disallowed_special=())
 
 
 # ---------------------------------------------------------------------------------------------------------------

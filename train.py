@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 from eval import MAX_TOKENS, evaluate
 from model import CHOICES, PRESETS, Config, Decoder, choose_device, newest_checkpoint, read_tensors
-from prepare import TokenData, prepare, write_atomically
+from prepare import TokenData, prepare, targets_of, write_atomically
 from sample import generate
 from tokenizer import load_tokenizer
 
@@ -130,10 +130,10 @@ def data_order(i, n, seed):
 
 
 def batch_at(data, seed, first, count):
-    """Samples first .. first + count of the run -> ids [count, T + 1]. Every epoch serves every block once, in its own order."""
+    """Samples first .. first + count of the run -> ids, targets [count, T]. Every epoch serves every block once, in its own order."""
     n = len(data)
     blocks = [data_order(g % n, n, f"{seed} epoch {g // n}") for g in range(first, first + count)]
-    return torch.from_numpy(np.stack([data[i] for i in blocks]))
+    return tuple(torch.from_numpy(np.stack(rows)) for rows in ([data[i][:-1] for i in blocks], [targets_of(data, i) for i in blocks]))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -324,7 +324,7 @@ def main(argv=None):
 
     # Data
     if args.data == DEFAULT_DATA and not Path(args.data, "manifest.json").exists() and rank == 0:
-        prepare([], Path(args.data))
+        prepare([], Path(args.data), workers=os.cpu_count())
     if world > 1:
         dist.barrier()
     if not Path(args.data, "manifest.json").exists():
@@ -435,9 +435,10 @@ def main(argv=None):
                 group["lr"] = args.lr * group["scale"] * factor
         loss = torch.zeros((), device=device)
         for micro in range(n_micro):
-            ids = batch_at(data, args.seed, samples + (rank * n_micro + micro) * B, B).to(device, non_blocking=True)
+            batch_of = batch_at(data, args.seed, samples + (rank * n_micro + micro) * B, B)
+            ids, targets = (a.to(device, non_blocking=True) for a in batch_of)
             with autocast:
-                micro_loss = model(ids[:, :-1], ids[:, 1:]) / (n_micro * world)
+                micro_loss = model(ids, targets) / (n_micro * world)
             micro_loss.backward()
             loss += micro_loss.detach()
         if world > 1:

