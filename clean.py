@@ -403,9 +403,9 @@ def ngram_hashes(codes, n):
 def ngram_counts(codes, n):
     """How often each n-gram of an array of numbers occurs, most often first."""
     hashes = np.sort(ngram_hashes(codes, n))
-    changes = np.flatnonzero(hashes[1:] != hashes[:-1])
-    ends = np.append(changes, len(hashes) - 1) if len(hashes) else changes
-    return np.sort(np.diff(ends, prepend=-1))[::-1]
+    new = np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)]
+    starts = np.flatnonzero(new)
+    return np.sort(np.append(starts[1:], len(hashes))[: len(starts)] - starts)[::-1]
 
 
 def character_repetition(text, n=10):
@@ -425,9 +425,13 @@ def word_codes(text):
     """A number for each word. A Chinese character is a word: there are no spaces between them. The others are what white
     space and Chinese part, lower-cased, without signs at their ends."""
     text = text.lower()
-    numbers, known = np.where(classes_of(text) & CJK, codes_of(text), 0), {}
-    for match in FOREIGN_WORD.finditer(text):
-        numbers[match.start()] = known.setdefault(match.group(), 0x110000 + len(known))
+    classes = classes_of(text)
+    outside = classes & (CJK | SPACE) > 0
+    letters = np.flatnonzero(~outside & (classes & SIGN == 0))
+    stretch = np.cumsum(outside)[letters]
+    starts = letters[np.append(True, stretch[1:] != stretch[:-1])[: len(letters)]]  # the first letter of each
+    numbers, known = np.where(classes & CJK, codes_of(text), 0), {}
+    numbers[starts] = [known.setdefault(word, 0x110000 + len(known)) for word in FOREIGN_WORD.findall(text)]
     return numbers[numbers > 0]
 
 
@@ -563,7 +567,12 @@ def fingerprint_chunk(texts):
     blocks &= BEFORE[sizes]
     blocks |= MARK[sizes]
     words = np.ascontiguousarray(blocks.view("<u4").T)
-    ones = np.add.reduceat(np.unpackbits(md5_first_half(words, sizes), axis=1), begins, axis=0, dtype=np.uint32)
+    # Bits are summed in bytes, which is fast and goes up to 255 rows, and the sums of these.
+    pieces = -(-counts // 255)
+    firsts = np.cumsum(pieces) - pieces
+    starts = np.repeat(begins, pieces) + 255 * (np.arange(pieces.sum()) - np.repeat(firsts, pieces))
+    ones = np.add.reduceat(np.unpackbits(md5_first_half(words, sizes), axis=1), starts, axis=0, dtype=np.uint8)
+    ones = np.add.reduceat(ones, firsts, axis=0, dtype=np.uint32)
     return np.packbits(2 * ones > counts[:, None], axis=1).view(">u8").astype(np.uint64)[:, 0]
 
 

@@ -25,6 +25,7 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import sys
@@ -45,6 +46,7 @@ VAL_SHARE = 20  # one document in so many is held out
 MAX_MALFORMED = 0.01  # share of a source's rows; more is an error
 SHARD_TOKENS = 1 << 24  # a shard ends behind the document that reaches this
 REFERENCE_CHARACTERS = 20_000_000  # of a reference source, enough for its model
+TOKENIZER_CHARACTERS = 20_000_000  # about so many, spread over all documents, to train a tokenizer on
 
 
 def get_args(argv=None):
@@ -382,7 +384,8 @@ def in_parallel(function, tasks, workers, what, total, unit):
             while not bar.disable:
                 finished = done.wait(0.2)
                 documents, size = (counter.value for counter in COUNTS)
-                bar.set_postfix_str(f"{documents / (time.monotonic() - start):,.0f} documents/s", refresh=False)
+                if unit == "B":
+                    bar.set_postfix_str(f"{documents / (time.monotonic() - start):,.0f} documents/s", refresh=False)
                 bar.update((size if unit == "B" else documents) - bar.n)
                 if finished:
                     break
@@ -462,7 +465,7 @@ def prepare_parts(parts, out, work, manifest, tokenizer, vocab_size, pipeline, r
     surprising = [np.zeros(len(own), dtype=bool) for own in hashes]
     if reference:
         model = learn_reference(work, keys, reference)
-        paths = in_parallel(functools.partial(score_part, work=work, reference=model), keys, workers, "scoring", sum(map(len, hashes)), "documents")
+        paths = in_parallel(functools.partial(score_part, work=work, reference=model), keys, workers, "scoring", sum(map(len, hashes)), " documents")
         surprising = [np.load(path, allow_pickle=False) for path in paths]
     known = [np.load(out / f"{shard['name']}.hashes.npy", allow_pickle=False) for shard in manifest["shards"]]
     outcomes = outcomes_of(np.concatenate(hashes)[:, :3], np.concatenate([np.zeros((0, 3), dtype=np.uint64), *known]),
@@ -481,10 +484,10 @@ def prepare_parts(parts, out, work, manifest, tokenizer, vocab_size, pipeline, r
         write_array(outcome_paths[-1], own)
 
     if not manifest["tokenizer"]:
-        manifest["tokenizer"] = make_tokenizer(tokenizer or "sp", vocab_size, zip(keys, outcomes, strict=True), out, work)
+        manifest["tokenizer"] = make_tokenizer(tokenizer or "sp", vocab_size, zip(keys, outcomes, hashes), out, work)
     tasks = list(zip(range(manifest["parts"], manifest["parts"] + len(parts)), parts, keys, outcome_paths))
     written = in_parallel(functools.partial(write_part, out=out, work=work, show=show_dropped), tasks, workers,
-                          "tokenising", sum(map(len, hashes)), "documents")  # fmt: skip
+                          "tokenising", sum(map(len, hashes)), " documents")  # fmt: skip
 
     manifest["parts"] += len(parts)
     files = {(str(path), sha256) for part in parts for path, sha256 in zip(part.paths, part.hashes)}
@@ -526,10 +529,17 @@ def make_tokenizer(given, vocab_size, parts, out, work):
     """Train or copy the tokenizer of a new folder; returns its part of the manifest."""
     if given == "sp":
         parts = list(parts)
-        made = work / (digest_of("tokenizer", code_digest(), vocab_size, [(key, own.tobytes()) for key, own in parts]) + ".model")
+        made = work / (digest_of("tokenizer", code_digest(), vocab_size, [(key, own.tobytes()) for key, own, _ in parts]) + ".model")
         if not made.exists():
             print(f"training a tokenizer of {vocab_size} pieces", flush=True)
-            texts = (text_of(content) for key, own in parts for (_, _, content), outcome in zip(records(work, key), own) if outcome == TRAIN)
+            characters = sum(int(hashes[own == TRAIN, 3].sum()) for _, own, hashes in parts)
+            chance = random.Random(0)
+            texts = (
+                text_of(content)
+                for key, own, _ in parts
+                for (_, _, content), outcome in zip(records(work, key), own)
+                if outcome == TRAIN and chance.random() * characters < TOKENIZER_CHARACTERS
+            )
             train_sentencepiece(texts, vocab_size, made)
     else:
         made = load_tokenizer(fetch_qwen() if given == "qwen" else given).path
