@@ -191,7 +191,7 @@ def opencc_converter():
     try:
         from opencc import OpenCC
     except ImportError:
-        raise SystemExit("chinese_convert needs opencc: pip install opencc-python-reimplemented")
+        raise SystemExit("chinese_convert needs opencc: pip install opencc")
     return OpenCC("t2s")
 
 
@@ -415,11 +415,6 @@ def character_repetition(text, n=10):
     return float(counts[:top].sum() / max(counts.sum(), 1))
 
 
-CJK_CLASS = "".join(f"{chr(low)}-{chr(high)}" for low, high in CJK_RANGES)
-SIGN_CLASS = "".join(map(re.escape, sorted(SIGNS)))
-FOREIGN_WORD = re.compile(rf"[^\s{CJK_CLASS}{SIGN_CLASS}](?:[^\s{CJK_CLASS}]*[^\s{CJK_CLASS}{SIGN_CLASS}])?")
-
-
 @functools.lru_cache(maxsize=2)
 def word_codes(text):
     """A number for each word. A Chinese character is a word: there are no spaces between them. The others are what white
@@ -429,9 +424,11 @@ def word_codes(text):
     outside = classes & (CJK | SPACE) > 0
     letters = np.flatnonzero(~outside & (classes & SIGN == 0))
     stretch = np.cumsum(outside)[letters]
-    starts = letters[np.append(True, stretch[1:] != stretch[:-1])[: len(letters)]]  # the first letter of each
+    change = stretch[1:] != stretch[:-1]
+    starts, ends = letters[np.append(True, change)[: len(letters)]], letters[np.append(change, True)[: len(letters)]] + 1
     numbers, known = np.where(classes & CJK, codes_of(text), 0), {}
-    numbers[starts] = [known.setdefault(word, 0x110000 + len(known)) for word in FOREIGN_WORD.findall(text)]
+    words = (text[start:end] for start, end in zip(starts.tolist(), ends.tolist()))  # from the first letter of a stretch to its last
+    numbers[starts] = [known.setdefault(word, 0x110000 + len(known)) for word in words]
     return numbers[numbers > 0]
 
 

@@ -94,7 +94,7 @@ def added(one, other):
 
 
 def print_ledger(manifest, out):
-    head = ("source", "read", "malformed", "empty", "filtered", "copies", "near", "kept", "", "val", "tokens", "bytes/token")
+    head = ("source", "read", "characters", "malformed", "empty", "filtered", "copies", "near", "kept", "", "val", "tokens", "bytes/token")
     rows = [head]
     for source, counts in manifest["ledger"].items():
         shards = [shard for shard in manifest["shards"] if shard["source"] == source]
@@ -103,7 +103,8 @@ def print_ledger(manifest, out):
         documents = [counts[name][0] for name in ("read", "malformed", "empty", "duplicate", "near_duplicate", "kept", "val")]
         read, malformed, empty, copies, near, kept, val = (f"{number:,}" for number in documents)
         share = f"{100 * documents[5] / max(documents[0], 1):.1f} %"
-        rows.append((source, read, malformed, empty, f"{filtered:,}", copies, near, kept, share, val, f"{tokens:,}", f"{text_bytes / max(tokens, 1):.2f}"))
+        rows.append((source, read, f"{counts['read'][1]:,}", malformed, empty, f"{filtered:,}", copies, near, kept, share, val,
+                     f"{tokens:,}", f"{text_bytes / max(tokens, 1):.2f}"))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row, counts in zip(rows, [None, *manifest["ledger"].values()]):
         print("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))))
@@ -177,14 +178,14 @@ def clean_part(part, work, pipeline, show):
     with open(temporary, "w", encoding="utf-8") as file:
 
         def flush():
-            prints = fingerprints([document.text for document, _, _ in batch])
-            for (document, source, size), fingerprint in zip(batch, prints):
-                line = json.dumps([source, document.kind, document.content], ensure_ascii=False)
+            rows = np.zeros((len(batch), 5), dtype=np.uint64)
+            rows[:, 2] = fingerprints([document.text for document, _, _ in batch])
+            for row, (document, source, size) in zip(rows, batch):
                 content = document.content if document.kind != "chat" else json.dumps(document.content, ensure_ascii=False)
-                digest = hashlib.sha256(content.encode("utf-8")).digest()
-                halves = int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big")
-                hashes.append((*halves, int(fingerprint), size, sources.index(source)))
-                file.write(line + "\n")
+                row[:2] = np.frombuffer(hashlib.sha256(content.encode("utf-8")).digest()[:16], dtype=">u8")
+                row[3:] = size, sources.index(source)
+                file.write(json.dumps([source, document.kind, document.content], ensure_ascii=False) + "\n")
+            hashes.append(rows)
             batch.clear()
 
         waiting = 0
@@ -216,7 +217,7 @@ def clean_part(part, work, pipeline, show):
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, work / f"{key}.jsonl")
-    write_array(work / f"{key}.hashes.npy", np.array(hashes, dtype=np.uint64).reshape(-1, 5))
+    write_array(work / f"{key}.hashes.npy", np.concatenate(hashes))
     return write_work(work, key, {"key": key, "sources": sources, "ledger": ledger, "problems": problems, "dropped": dropped, "documents": documents})
 
 

@@ -43,6 +43,8 @@ VARIANTS = {
     "causal-w8": ("--window 8", 1),
     "causal-w16": ("--window 16", 1),
     "causal-p2": ("--slots-per-expert 2", 1),
+    "causal-e3": ("--n-expert 3 --d-expert 128", 1),
+    "causal-e12": ("--n-expert 12", 1),
     "causal-swiglu2": ("--expert swiglu2", 1),
     "sequence": ("--dispatch sequence", 1),
 }

@@ -260,7 +260,7 @@ def test_the_ledger_accounts_for_every_document_and_character(tmp_path):
     assert "    dropped most by text_length 4, words_num 4, character_repetition 4" in lines
     assert f"malformed: {web}, line 149: not UTF-8 (byte 10 of the line)" in result.stderr
     row = next(line for line in lines if line.startswith("web ")).split()
-    assert row[1:9] == ["149", "1", "4", "12", "100", "1", "31", "20.8"]
+    assert row[1:10] == ["149", f"{ledger['web']['read'][1]:,}", "1", "4", "12", "100", "1", "31", "20.8"]
 
 
 def test_prose_that_surprises_a_reference_is_dropped(tmp_path):
