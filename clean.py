@@ -538,39 +538,51 @@ def fingerprints(texts):
     A shingle's hash is the first 8 bytes of its MD5, big endian; a bit of the fingerprint is 1 iff it is in more than half of
     them. A text shorter than a shingle is one. White space is left out: the indentation of programs would make them all alike.
     """
-    parts, chunk, size = [np.zeros(0, dtype=np.uint64)], [], 0
-    for text in texts:  # many together: a short text alone would be all overhead
-        chunk.append("".join(text.split()) or "\n")
-        size += len(chunk[-1])
-        if size > 20_000:
-            parts.append(fingerprint_chunk(chunk))
-            chunk, size = [], 0
-    return np.concatenate(parts + [fingerprint_chunk(chunk)] if chunk else parts)
+    ones, counts = np.zeros((len(texts), 64), dtype=np.int64), np.zeros(len(texts), dtype=np.int64)
+    pieces, size = [], 0
+
+    def flush():  # many together: a short text alone would be all overhead
+        owners = [owner for owner, _ in pieces]
+        for total, own in zip((ones, counts), bits_of_shingles([piece for _, piece in pieces])):
+            np.add.at(total, owners, own)
+        pieces.clear()
+
+    for i, text in enumerate(texts):
+        text = "".join(text.split()) or "\n"
+        for start in range(0, max(len(text) - SHINGLE + 1, 1), 20_000):  # pieces that share no shingle
+            pieces.append((i, text[start : start + 20_000 + SHINGLE - 1]))
+            size += len(pieces[-1][1])
+            if size > 20_000:
+                flush()
+                size = 0
+    if pieces:
+        flush()
+    return np.packbits(2 * ones > counts[:, None], axis=1).view(">u8").astype(np.uint64)[:, 0]
 
 
 BEFORE = (np.tri(28, 28, -1) * 255).astype(np.uint8)  # row n: the first n bytes of a block; MARK: the one behind them
 MARK = np.eye(28, dtype=np.uint8) * 0x80
 
 
-def fingerprint_chunk(texts):
+def bits_of_shingles(texts):
+    """Of each text, in how many of its shingles' hashes each bit is one, and how many shingles there are -> [n, 64], [n]."""
     lengths = np.array([len(text) for text in texts])
     content = np.frombuffer("".join(texts).encode("utf-8") + bytes(28), dtype=np.uint8)
     at = np.append(np.flatnonzero((content[:-28] & 0xC0) != 0x80), len(content) - 28)  # where each character begins, and the end
-    counts = np.maximum(lengths - SHINGLE + 1, 1)  # shingles of each text
+    counts = np.maximum(lengths - SHINGLE + 1, 1)
     begins = np.cumsum(counts) - counts
     first = np.arange(counts.sum()) + np.repeat(np.cumsum(lengths) - lengths - begins, counts)
     sizes = at[first + np.repeat(np.minimum(lengths, SHINGLE), counts)] - at[first]
     blocks = np.lib.stride_tricks.sliding_window_view(content, 28)[at[first]]
     blocks &= BEFORE[sizes]
     blocks |= MARK[sizes]
-    words = np.ascontiguousarray(blocks.view("<u4").T)
-    # Bits are summed in bytes, which is fast and goes up to 255 rows, and the sums of these.
+    bits = np.unpackbits(md5_first_half(np.ascontiguousarray(blocks.view("<u4").T), sizes), axis=1)
+    # Summed in bytes, which is fast and goes up to 255 rows; then these sums.
     pieces = -(-counts // 255)
     firsts = np.cumsum(pieces) - pieces
     starts = np.repeat(begins, pieces) + 255 * (np.arange(pieces.sum()) - np.repeat(firsts, pieces))
-    ones = np.add.reduceat(np.unpackbits(md5_first_half(words, sizes), axis=1), starts, axis=0, dtype=np.uint8)
-    ones = np.add.reduceat(ones, firsts, axis=0, dtype=np.uint32)
-    return np.packbits(2 * ones > counts[:, None], axis=1).view(">u8").astype(np.uint64)[:, 0]
+    ones = np.add.reduceat(bits, starts, axis=0, dtype=np.uint8)
+    return np.add.reduceat(ones, firsts, axis=0, dtype=np.int64), counts
 
 
 def near_copies(prints, distance=MAX_DISTANCE):

@@ -195,7 +195,7 @@ def clean_part(part, work, pipeline, show):
             if source not in sources:
                 sources.append(source)
             if document.problem and len(problems) < 10:
-                problems.append(f"{where}: {document.problem}")
+                problems.append((source, f"{where}: {document.problem}"))
             document, dropped_by = cleaned_document(document, pipeline)
             if dropped_by:
                 count(ledger, source, dropped_by, size)
@@ -255,6 +255,7 @@ def score_part(key, work, reference):
         model = NGram(np.load(reference, mmap_mode="r", allow_pickle=False))
         scores = [kind != "code" and model.perplexity(text_of(content)) > MAX_PERPLEXITY for _, kind, content in records(work, key)]
         write_array(path, np.array(scores, dtype=bool))
+        progress(len(scores), 0)
     return path
 
 
@@ -284,7 +285,8 @@ def write_part(task, out, work, show):
     number, part, key, outcome_path = task
     encoder = tokenizer_at(out)
     name = digest_of("write", code_digest(), number, key, file_sha256(outcome_path), file_sha256(encoder.path))
-    if result := read_work(work, name):
+    result = read_work(work, name)
+    if result and all(shard_is_whole(out, shard) for shard in result["shards"]):
         progress(result["documents"], 0)
         return result
     outcomes = np.load(outcome_path, allow_pickle=False)
@@ -329,6 +331,12 @@ def write_part(task, out, work, show):
 
 
 tokenizer_at = functools.cache(load_tokenizer)
+
+
+def shard_is_whole(out, shard):
+    """Whether its files are there and are its own: a killed run with other inputs may have left some of the same name."""
+    paths = {kind: out / f"{shard['name']}.{kind}.npy" for kind in shard["sha256"]}
+    return all(path.exists() and file_sha256(path) == shard["sha256"][kind] for kind, path in paths.items())
 
 
 def write_shard(out, name, documents, encoder):
@@ -507,14 +515,15 @@ def prepare_parts(parts, out, work, manifest, tokenizer, vocab_size, pipeline, r
 
 
 def refuse_malformed(ledger, cleaned):
-    problems = [problem for result in cleaned for problem in result["problems"]]
-    for problem in problems:
+    problems = {}
+    for source, problem in (pair for result in cleaned for pair in result["problems"]):
         print(f"malformed: {problem}", file=sys.stderr)
+        problems.setdefault(source, problem)
     for source, counts in ledger.items():
         malformed, read = counts["malformed"][0], counts["read"][0]
         if malformed > MAX_MALFORMED * read:
             raise SystemExit(f"{source}: {malformed:,} of {read:,} documents are malformed, more than {MAX_MALFORMED:.0%}, the first is "
-                             f"{problems[0]}. Mend or remove them; the same command goes on")  # fmt: skip
+                             f"{problems[source]}. Mend or remove them; the same command goes on")  # fmt: skip
 
 
 def hold_something_out(outcomes, sources, without, numbers):

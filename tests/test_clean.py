@@ -202,6 +202,8 @@ def test_fingerprints_are_made_of_the_md5_of_shingles():
     alphabet = "却说曹操引兵渡河ab 1\n，。é😀"
     texts = ["", "a", " \n", "abcde", "abcdef", "😀" * 7, *("".join(random.Random(i).choices(alphabet, k=3 * i)) for i in range(200))]
     assert fingerprints(texts).tolist() == list(map(slow_fingerprint, texts))
+    long = "".join(random.Random(0).choices(alphabet, k=45_000))
+    assert fingerprints(["a", long, "b"]).tolist() == list(map(slow_fingerprint, ["a", long, "b"]))
     assert fingerprints([]).tolist() == [] and fingerprints(["def f():\n        a"]) == fingerprints(["def f(): a"])
 
 

