@@ -137,7 +137,7 @@ HOSTILE = {
     "spaces": " " * 1_000_000, "spaces and one": " " * 999_999 + "x", "newlines": "\n" * 1_000_000, "points": "http://" + "." * 999_993,
     "open tags": "<a " * 333_333, "attributes": "<a b=" + "c " * 499_997, "at signs": "a@" * 500_000, "local part": "a" * 999_999 + "@",
     "brackets": "http://a.cn/" + "(" * 999_988, "closed brackets": "http://a.cn/" + "()" * 499_994, "octets": "1.1.1." * 166_666,
-    "colons": "ab:cd:" * 166_666, "comments": "/*" * 500_000, "stars": "/*" + "*" * 999_998, "slashes": "//\n" * 333_333,
+    "colons": "ab:cd:" * 166_666, "comments": "/*" * 500_000, "open comments": "/* a " * 200_000, "notes": "<p><!--" * 142_857, "stars": "/*" + "*" * 999_998, "slashes": "//\n" * 333_333,
     "macros": "\n".join(f"\\newcommand{{\\{chr(97 + i % 26) * (1 + i % 40)}}}{{x}}" for i in range(25_000)),
     "long macro": "\\newcommand{\\a}{" + "y" * 500_000 + "}\n" + "\\a " * 150_000, "braces": "\\def\\a{" + "} " * 499_996,
     "chinese": "却说曹操引兵渡河正遇关公在前" * 71_428, "one character": "好" * 1_000_000, "letters": "a" * 1_000_000,

@@ -23,7 +23,7 @@ import numpy as np
 
 ANY = math.inf
 MAPPERS = [
-    "fix_unicode", "expand_macro", "clean_html", "clean_links", "clean_email", "clean_ip", "remove_specific_chars",
+    "clean_html", "fix_unicode", "expand_macro", "clean_links", "clean_email", "clean_ip", "remove_specific_chars",
     "remove_repeat_sentences", "whitespace_normalization",
 ]  # fmt: skip
 PIPELINES = {
@@ -38,7 +38,7 @@ PIPELINES = {
         ("alphanumeric", 0.5, 1), ("special_characters", 0, 0.5), ("character_repetition", 0, 0.4), ("word_repetition", 0, 0.5),
     ],
     "code": [
-        "fix_unicode", "clean_copyright", "clean_email", "clean_ip",
+        "clean_copyright", "clean_email", "clean_ip",
         ("text_length", 10, 96_714), ("words_num", 5, 20_000), ("average_line_length", 5, 150), ("maximum_line_length", 0, 1000),
         ("letters_per_word", 0.546, 30), ("character_repetition", 0, 0.5), ("word_repetition", 0, 0.5),
     ],
@@ -52,6 +52,8 @@ PIPELINES = {
     ],
 }  # fmt: skip
 MAX_PERPLEXITY = 1500  # per character, of prose under a model of a reference source (prepare.py --reference)
+REPEATED = 10  # length of the n-grams, of characters or words, whose repetition is measured
+CHINESE = 0.2  # share of Chinese among the letters of a text that --pipeline auto takes for zh
 SHINGLE, MAX_DISTANCE = 6, 4  # near copies: characters in a shingle, bits in which two fingerprints may differ
 
 
@@ -72,8 +74,8 @@ def filtered_by(text, pipeline):
 
 
 def language(text):
-    """zh where a fifth of the letters are Chinese, else en."""
-    return "zh" if 5 * share_of(CJK, text) >= max(share_of(LETTER, text), 1e-9) else "en"
+    """zh where enough of the letters are Chinese, else en."""
+    return "zh" if share_of(CJK, text) >= max(CHINESE * share_of(LETTER, text), 1e-9) else "en"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -149,13 +151,14 @@ def share_of(bit, text):
 # ---------------------------------------------------------------------------------------------------------------
 # Before every pipeline
 
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f\ufeff\ufffe\uffff]")
 
 
 def clean_text(text):
     """Line ends become \\n, control characters go, trailing white space goes, at most one blank line in a row stays.
 
-    Lone surrogates, which JSON can hold and UTF-8 cannot, become "?".
+    Lone surrogates, which JSON can hold and UTF-8 cannot, become "?". The control characters from U+0080 on stay for fix_unicode:
+    they may be bytes of text that was read in the wrong encoding.
     """
     text = text.encode("utf-8", errors="replace").decode("utf-8")
     text = CONTROLS.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
@@ -168,6 +171,7 @@ def clean_text(text):
 
 # Text of these characters alone has nothing to repair: they neither begin a byte sequence of UTF-8 that was read in another
 # encoding, nor compose with one another; and without & there is no entity.
+C1_CONTROLS = re.compile("[\x80-\x9f]")
 SOUND = re.compile("[\n\t -%'-~·—‘’“”…①-⑳□○●◎◇★☆\u3000-\u3011\u4e00-\u9fff\uff01-\uff5e]*+")
 
 
@@ -181,9 +185,10 @@ def fix_unicode(text):
     try:
         import ftfy
 
-        return ftfy.fix_text(text, normalization="NFC", fix_character_width=False, uncurl_quotes=False, fix_latin_ligatures=False)
+        text = ftfy.fix_text(text, normalization="NFC", fix_character_width=False, uncurl_quotes=False, fix_latin_ligatures=False)
     except ImportError:
-        return unicodedata.normalize("NFC", html.unescape(text)).replace("\r\n", "\n").replace("\r", "\n")
+        text = unicodedata.normalize("NFC", html.unescape(text)).replace("\r\n", "\n").replace("\r", "\n")
+    return C1_CONTROLS.sub("", text)
 
 
 @functools.cache
@@ -247,7 +252,9 @@ ELEMENTS = (
     "main|map|mark|meta|nav|noscript|object|ol|optgroup|option|p|param|picture|pre|q|s|samp|script|section|select|small|source|span|"
     "strong|style|sub|summary|sup|table|tbody|td|template|textarea|tfoot|th|thead|time|title|tr|tt|u|ul|var|video|wbr"
 )
-TAG = re.compile(rf"</?(?:{ELEMENTS})(?:\s++[^<>=]*+=[^<>]*+)?+\s*+/?>", re.IGNORECASE)
+ALONE = "async|autofocus|autoplay|checked|controls|defer|disabled|hidden|loop|multiple|muted|nowrap|open|readonly|required|selected"
+TAG = re.compile(rf"</?(?:{ELEMENTS})(?:\s++(?:(?:{ALONE})\b|[^<>=]*+=)[^<>]*+)?+\s*+/?>|<!doctype[^<>]*+>", re.IGNORECASE)
+NOTE = re.compile("<!--.*?-->", re.DOTALL)
 
 
 def clean_html(text):
@@ -257,6 +264,8 @@ def clean_html(text):
     """
     if "<" not in text or not TAG.search(text):
         return text
+    last = text.rfind("-->") + 3  # every note that begins before it has an end, so none is looked for in vain
+    text = NOTE.sub("", text[:last]) + text[last:] if last > 2 else text
     for tag in ("<li>", "<ol>"):
         text = text.replace(tag, "\n*")
     for tag in ("</li>", "</ol>"):
@@ -264,16 +273,16 @@ def clean_html(text):
     return html.unescape(TAG.sub("", text)).lstrip()
 
 
-COMMENT_BLOCK = re.compile(r"/\*(?:[^*]++|\*(?!/))*+\*/")
 COMMENT = re.compile(r"//|--|#(?:[\s#]|$)")  # not #include, and not #!/bin/sh
 COPYRIGHT = re.compile("copyright|licen[cs]e|©|版权", re.IGNORECASE)
 
 
 def clean_copyright(text):
     """The first /* */ goes if it speaks of copyright; if there is none, the comment lines at the beginning do if they do."""
-    block = COMMENT_BLOCK.search(text)
-    if block:
-        return text[: block.start()] + text[block.end() :] if "copyright" in block.group().lower() else text
+    start = text.find("/*")
+    end = text.find("*/", start + 2) + 2 if start >= 0 else 1
+    if end > 1:
+        return text[:start] + text[end:] if "copyright" in text[start:end].lower() else text
     lines = text.split("\n")
     n = next((i for i, line in enumerate(lines) if not COMMENT.match(line)), len(lines))
     return "\n".join(lines[n:]) if COPYRIGHT.search("\n".join(lines[:n])) else text
@@ -311,20 +320,18 @@ def punctuation_normalization(text):
 
 # A point inside of a number or a name ends nothing: 3.25 is no sentence and a half.
 ENDING = re.compile(r"[。！？!?\n]|\.(?![A-Za-z0-9])")
-NO_KEY = re.compile(r"[^\w。！？.!?\n]+")  # signs and spaces, but for what may end a sentence
+NO_KEY = re.compile(r"\W+")
 
 
 def remove_repeat_sentences(text):
     """Only the first of equal sentences stays. Shorter than 2 characters, signs not counted, all stay."""
-    keys = ENDING.split(NO_KEY.sub("", text))  # no sign ends a sentence, so there are as many keys as sentences
-    counted = [key for key in keys if len(key) > 1]
-    if len(set(counted)) == len(counted):
-        return text
     ends = [match.end() for match in ENDING.finditer(text)] + [len(text)]
+    sentences = [text[start:end] for start, end in zip([0, *ends], ends)]
     seen, kept = set(), []
-    for key, start, end in zip(keys, [0, *ends], ends):
+    for sentence in sentences:
+        key = NO_KEY.sub("", sentence)
         if len(key) < 2 or key not in seen:
-            kept.append(text[start:end])
+            kept.append(sentence)
             seen.add(key)
     return "".join(kept)
 
@@ -408,7 +415,7 @@ def ngram_counts(codes, n):
     return np.sort(np.append(starts[1:], len(hashes))[: len(starts)] - starts)[::-1]
 
 
-def character_repetition(text, n=10):
+def character_repetition(text, n=REPEATED):
     """Share of the most frequent n-grams of characters: of the root of their number, if so many occur more than once."""
     counts = ngram_counts(codes_of(text), n)
     top = min(int(len(counts) ** 0.5), np.count_nonzero(counts > 1))
@@ -436,7 +443,7 @@ def words_num(text):
     return len(word_codes(text))
 
 
-def repetition(codes, n=10):
+def repetition(codes, n=REPEATED):
     counts = ngram_counts(codes, n)
     return float(counts[counts > 1].sum() / max(counts.sum(), 1))
 
@@ -468,10 +475,11 @@ class NGram:
     """How surprising a text is to somebody who knows nothing but a reference: a model of 4-grams of characters.
 
     p_n(c | n - 1 characters before) = (count(n-gram) + k p_{n-1}(c | n - 2 before)) / (count(context) + k), and p_0 = 1 / 2^16:
-    Dirichlet smoothing towards the next shorter context (MacKay and Peto 1995). Counts lie in tables addressed by hash.
+    Dirichlet smoothing towards the next shorter context (MacKay and Peto 1995). Counts lie in tables addressed by hash, and no
+    n-gram is taken to be more frequent than its context: so both must collide with others before a new one looks known.
     """
 
-    ORDER, STRENGTH, BITS = 4, 5.0, 22
+    ORDER, STRENGTH, BITS = 4, 5.0, 23
 
     def __init__(self, tables=None):
         """tables [ORDER, 2, 2^BITS], uint32: of each order, how often each n-gram and each context of one was seen."""
@@ -495,7 +503,8 @@ class NGram:
             return 0.0
         p = 1 / 65_536
         for (grams, contexts), (gram, context) in zip(self.tables, self.cells(text)):
-            p = (grams[gram] + self.STRENGTH * p) / (contexts[context] + self.STRENGTH)
+            seen = contexts[context]
+            p = (np.minimum(grams[gram], seen) + self.STRENGTH * p) / (seen + self.STRENGTH)
         return float(np.exp(-np.log(p).mean()))
 
 

@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 
 from model import Config, Decoder, choose_device, cross_entropy
-from prepare import TokenData, file_sha256, targets_of
+from prepare import TokenData, targets_of
+from sources import file_sha256
 from tokenizer import load_tokenizer
 
 MAX_TOKENS = 1 << 20  # enough for bits per byte to be sure in the third decimal

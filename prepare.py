@@ -26,6 +26,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -39,13 +40,14 @@ import numpy as np
 from tqdm import tqdm
 
 from clean import MAX_PERPLEXITY, PIPELINES, NGram, clean_text, filtered_by, fingerprints, language, mapped, near_copies
-from sources import Document, default_parts, fetch_qwen, file_parts, file_sha256, write_atomically
+from sources import Document, by_role, default_parts, fetch_qwen, file_parts, file_sha256, readable, write_atomically
 from tokenizer import FILES, load_tokenizer, train_sentencepiece
 
 VAL_SHARE = 20  # one document in so many is held out
-MAX_MALFORMED = 0.01  # share of a source's rows; more is an error
+MAX_MALFORMED = 0.01  # share of the rows of an input; more is an error
+MAX_NAMED = 10  # malformed rows of a part to name
 SHARD_TOKENS = 1 << 24  # a shard ends behind the document that reaches this
-REFERENCE_CHARACTERS = 20_000_000  # of a reference source, enough for its model
+REFERENCE_CHARACTERS = 4_000_000  # of a reference source: as many as its model has room for
 TOKENIZER_CHARACTERS = 20_000_000  # about so many, spread over all documents, to train a tokenizer on
 
 
@@ -135,7 +137,7 @@ def read_work(work, name):
 
 
 def write_work(work, name, result):
-    write_atomically(work / f"{name}.json", json.dumps(result, ensure_ascii=False).encode("utf-8"))
+    write_atomically(work / f"{name}.json", json.dumps(result).encode("utf-8"))
     return result
 
 
@@ -152,11 +154,12 @@ def cleaned_document(document, pipeline):
     if document.problem or document.dropped_by:
         return document, "malformed" if document.problem else document.dropped_by
     if document.kind == "chat":
+        roles = {message["role"] for message in document.content}
+        document = document._replace(content=[message | {"content": clean_text(message["content"])} for message in document.content])
         chosen = language(document.text) if pipeline == "auto" else pipeline
-        messages = [message | {"content": mapped(clean_text(message["content"]), chosen)} for message in document.content]
-        document = document._replace(content=messages)
-        if not all(message["content"] for message in messages) or not any(message["role"] == "assistant" for message in messages):
-            return document, "empty"
+        document = document._replace(content=by_role((message["role"], mapped(message["content"], chosen)) for message in document.content))
+        if "assistant" not in roles or roles != {message["role"] for message in document.content}:
+            return document, "empty"  # a side has nothing to say, or not any more
     else:
         text = clean_text(document.content)
         chosen = pipeline if pipeline != "auto" else "code" if document.kind == "code" else language(text)
@@ -169,11 +172,11 @@ def cleaned_document(document, pipeline):
 def clean_part(part, work, pipeline, show):
     """Read and clean one part -> {"key", "sources", "ledger", "problems", "dropped", "documents"}. .work/KEY.jsonl then has what
     is left, and KEY.hashes.npy [documents, 5] of each: two halves of a hash, fingerprint, characters as read, its source."""
-    key = digest_of("clean", code_digest(), part.source, part.sha256, part.start, part.stop, [p.name for p in part.paths], pipeline)
+    key = digest_of("clean", code_digest(), part.source, part.sha256, part.start, part.stop, list(map(str, part.paths)), pipeline, show)
     if result := read_work(work, key):
         progress(result["documents"], part.size)
         return result
-    ledger, sources, problems, dropped, hashes, batch, documents, position = {}, [], [], {}, [], [], 0, 0
+    ledger, sources, problems, dropped, hashes, batch, documents, malformed, position = {}, [], [], {}, [], [], 0, 0, 0
     temporary = work / f"{key}.jsonl.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
 
@@ -194,8 +197,9 @@ def clean_part(part, work, pipeline, show):
             count(ledger, source, "read", size)
             if source not in sources:
                 sources.append(source)
-            if document.problem and len(problems) < 10:
-                problems.append((source, f"{where}: {document.problem}"))
+            malformed += bool(document.problem)
+            if document.problem and malformed <= MAX_NAMED:
+                problems.append(f"{where}: {document.problem}")
             document, dropped_by = cleaned_document(document, pipeline)
             if dropped_by:
                 count(ledger, source, dropped_by, size)
@@ -218,7 +222,8 @@ def clean_part(part, work, pipeline, show):
         os.fsync(file.fileno())
     os.replace(temporary, work / f"{key}.jsonl")
     write_array(work / f"{key}.hashes.npy", np.concatenate(hashes))
-    return write_work(work, key, {"key": key, "sources": sources, "ledger": ledger, "problems": problems, "dropped": dropped, "documents": documents})
+    return write_work(work, key, {"key": key, "sources": sources, "ledger": ledger, "problems": problems, "dropped": dropped, "documents": documents,
+                                  "malformed": malformed})  # fmt: skip
 
 
 def records(work, key):
@@ -233,7 +238,7 @@ def text_of(content):
 
 
 def learn_reference(work, keys, source):
-    """Train the model of a source on what is kept of it -> its file in .work."""
+    """Train the model of a source on what its filters leave, copies too -> its file in .work."""
     path = work / f"{digest_of('reference', source, keys)}.reference.npy"
     if not path.exists():
         model, left = NGram(), REFERENCE_CHARACTERS
@@ -243,7 +248,8 @@ def learn_reference(work, keys, source):
                     model.learn(text_of(content))
                     left -= len(text_of(content))
         if left == REFERENCE_CHARACTERS:
-            raise SystemExit(f"--reference {source}: no such source, or nothing of it is kept")
+            there = sorted({name for key in keys for name, *_ in records(work, key)})
+            raise SystemExit(f"--reference {source}: nothing is kept of such a source; there are {', '.join(there)}")
         write_array(path, model.tables)
     return path
 
@@ -280,11 +286,11 @@ def outcomes_of(hashes, known, surprising, near):
     return out
 
 
-def write_part(task, out, work, show):
+def write_part(task, out, work, tokenizer, show):
     """Tokenise what is kept of one part into shards -> {"shards", "ledger", "dropped"}."""
     number, part, key, outcome_path = task
-    encoder = tokenizer_at(out)
-    name = digest_of("write", code_digest(), number, key, file_sha256(outcome_path), file_sha256(encoder.path))
+    encoder = load_tokenizer(tokenizer)
+    name = digest_of("write", code_digest(), number, key, file_sha256(outcome_path), file_sha256(tokenizer), show)
     result = read_work(work, name)
     if result and all(shard_is_whole(out, shard) for shard in result["shards"]):
         progress(result["documents"], 0)
@@ -330,13 +336,13 @@ def write_part(task, out, work, show):
     return write_work(work, name, {"shards": shards, "ledger": ledger, "dropped": dropped, "documents": len(outcomes)})
 
 
-tokenizer_at = functools.cache(load_tokenizer)
-
-
 def shard_is_whole(out, shard):
     """Whether its files are there and are its own: a killed run with other inputs may have left some of the same name."""
     paths = {kind: out / f"{shard['name']}.{kind}.npy" for kind in shard["sha256"]}
     return all(path.exists() and file_sha256(path) == shard["sha256"][kind] for kind, path in paths.items())
+
+
+SHARD_FILE = re.compile(r"-[0-9]{5}-[0-9]+-(train|val)\.(tokens|ends|mask|hashes)\.npy$")
 
 
 def write_shard(out, name, documents, encoder):
@@ -414,9 +420,9 @@ def in_parallel(function, tasks, workers, what, total, unit):
 
 
 @contextlib.contextmanager
-def alone(work):
+def alone(out):
     """Hold the folder's lock: two runs at once would write over each other. Workers of a killed run get a moment to end."""
-    with open(work / "lock", "w") as file:
+    with open(out / ".lock", "w") as file:
         with contextlib.suppress(ImportError):
             import fcntl  # not on Windows
 
@@ -426,7 +432,7 @@ def alone(work):
                     break
                 except OSError:
                     if not left:
-                        raise SystemExit(f"another prepare.py is at work in {work.parent}: wait for it, or choose another --out")
+                        raise SystemExit(f"another prepare.py is at work in {out}: wait for it, or choose another --out")
                     time.sleep(0.3)
         yield
 
@@ -436,30 +442,34 @@ def alone(work):
 
 def prepare(inputs, out, tokenizer=None, vocab_size=8192, pipeline="auto", reference=None, workers=1, show_dropped=0):
     """Read, clean, de-duplicate, tokenise and write, or add to what is there; returns the manifest. Without inputs: the default data."""
-    work = out / ".work"
-    manifest = {"tokenizer": None, "parts": 0, "inputs": [], "shards": [], "ledger": {}}
-    if (out / "manifest.json").exists():
-        manifest = read_manifest(out)
-        if not inputs:
-            raise SystemExit(f"{out} is prepared already: give files to add to it, choose another --out, or delete the folder")
-        if tokenizer:
-            raise SystemExit(f"--tokenizer {tokenizer}: {out} has its own: leave the flag out, or choose another --out")
-    parts = file_parts(inputs) if inputs else default_parts()
-    refuse_known(parts, manifest)
-    work.mkdir(parents=True, exist_ok=True)
-    with alone(work):
+    if (out / "manifest.json").exists() and not inputs:
+        raise SystemExit(f"{out} is prepared already: give files to add to it, choose another --out, or delete the folder")
+    parts = file_parts(inputs, out) if inputs else default_parts()
+    out.mkdir(parents=True, exist_ok=True)
+    with alone(out):
+        manifest, work = {"tokenizer": None, "parts": 0, "inputs": [], "shards": [], "ledger": {}}, out / ".work"
+        if (out / "manifest.json").exists():
+            manifest = read_manifest(out)
+            if tokenizer:
+                raise SystemExit(f"--tokenizer {tokenizer}: {out} has its own: leave the flag out, or choose another --out")
+            if work.exists() and {sha256 for part in parts for sha256 in part.hashes} <= {given["sha256"] for given in manifest["inputs"]}:
+                shutil.rmtree(work)  # a run that was killed at its very end
+                print_ledger(manifest, out)
+                return manifest
+        refuse_known(parts, manifest)
+        work.mkdir(exist_ok=True)
         return prepare_parts(parts, out, work, manifest, tokenizer, vocab_size, pipeline, reference, workers, show_dropped)
 
 
+EMPTY = hashlib.sha256().hexdigest()
+
+
 def refuse_known(parts, manifest):
-    known, paths = {given["sha256"]: given["name"] for given in manifest["inputs"]}, set()
+    known = {given["sha256"]: given["name"] for given in manifest["inputs"]}
     for part in parts:
         for path, sha256 in zip(part.paths, part.hashes):
-            if sha256 in known:
+            if sha256 in known and sha256 != EMPTY:
                 raise SystemExit(f"{path}: is in already (as {known[sha256]}): leave it out")
-            if part.start == 0 and not part.read and path.resolve() in paths:
-                raise SystemExit(f"{path}: given twice")
-            paths.add(path.resolve())
 
 
 def prepare_parts(parts, out, work, manifest, tokenizer, vocab_size, pipeline, reference, workers, show_dropped):
@@ -467,7 +477,7 @@ def prepare_parts(parts, out, work, manifest, tokenizer, vocab_size, pipeline, r
                           "cleaning", sum(part.size for part in parts), "B")  # fmt: skip
     keys = [result["key"] for result in cleaned]
     ledger = functools.reduce(added, (result["ledger"] for result in cleaned))
-    refuse_malformed(ledger, cleaned)
+    refuse_malformed(parts, cleaned)
 
     # Copies, among all parts and what is in already
     hashes = [np.load(work / f"{key}.hashes.npy", allow_pickle=False) for key in keys]
@@ -495,18 +505,18 @@ def prepare_parts(parts, out, work, manifest, tokenizer, vocab_size, pipeline, r
     if not manifest["tokenizer"]:
         manifest["tokenizer"] = make_tokenizer(tokenizer or "sp", vocab_size, zip(keys, outcomes, hashes), out, work)
     tasks = list(zip(range(manifest["parts"], manifest["parts"] + len(parts)), parts, keys, outcome_paths))
-    written = in_parallel(functools.partial(write_part, out=out, work=work, show=show_dropped), tasks, workers,
+    written = in_parallel(functools.partial(write_part, out=out, work=work, tokenizer=out / manifest["tokenizer"]["file"], show=show_dropped), tasks, workers,
                           "tokenising", sum(map(len, hashes)), " documents")  # fmt: skip
 
     manifest["parts"] += len(parts)
-    files = {(str(path), sha256) for part in parts for path, sha256 in zip(part.paths, part.hashes)}
+    files = {(readable(path), sha256) for part in parts for path, sha256 in zip(part.paths, part.hashes)}
     manifest["inputs"] += [{"name": name, "sha256": sha256} for name, sha256 in sorted(files)]
     manifest["shards"] += [shard for result in written for shard in result["shards"]]
     manifest["ledger"] = functools.reduce(added, (result["ledger"] for result in written), added(manifest["ledger"], ledger))
     write_atomically(out / "manifest.json", json.dumps(manifest, ensure_ascii=False, indent=1).encode("utf-8"))
     named = {f"{shard['name']}.{kind}.npy" for shard in manifest["shards"] for kind in shard["sha256"]}
     for path in out.glob("*.npy"):
-        if path.name not in named:  # of a run with other inputs, which was killed
+        if SHARD_FILE.search(path.name) and path.name not in named:  # of a run with other inputs, which was killed
             path.unlink()
     shutil.rmtree(work)
     print_dropped([*cleaned, *written], show_dropped)
@@ -514,16 +524,22 @@ def prepare_parts(parts, out, work, manifest, tokenizer, vocab_size, pipeline, r
     return manifest
 
 
-def refuse_malformed(ledger, cleaned):
-    problems = {}
-    for source, problem in (pair for result in cleaned for pair in result["problems"]):
-        print(f"malformed: {problem}", file=sys.stderr)
-        problems.setdefault(source, problem)
-    for source, counts in ledger.items():
-        malformed, read = counts["malformed"][0], counts["read"][0]
+def refuse_malformed(parts, cleaned):
+    """Name what is malformed; too much of one input is an error. (What a malformed row would have been nobody knows, so its format does not count.)"""
+    totals, first = {}, {}
+    for part, result in zip(parts, cleaned):
+        total = totals.setdefault(part.source, [0, 0])
+        total[0] += result["malformed"]
+        total[1] += result["documents"]
+        for problem in result["problems"]:
+            print(f"malformed: {problem}", file=sys.stderr)
+            first.setdefault(part.source, problem)
+        if result["malformed"] > MAX_NAMED:
+            print(f"malformed: {part.name}: {result['malformed'] - MAX_NAMED:,} more", file=sys.stderr)
+    for source, (malformed, read) in totals.items():
         if malformed > MAX_MALFORMED * read:
             raise SystemExit(f"{source}: {malformed:,} of {read:,} documents are malformed, more than {MAX_MALFORMED:.0%}, the first is "
-                             f"{problems[source]}. Mend or remove them; the same command goes on")  # fmt: skip
+                             f"{first[source]}. Mend or remove them; the same command goes on")  # fmt: skip
 
 
 def hold_something_out(outcomes, sources, without, numbers):
@@ -555,6 +571,8 @@ def make_tokenizer(given, vocab_size, parts, out, work):
         made = load_tokenizer(fetch_qwen() if given == "qwen" else given).path
     name = next(name for name in FILES if name.endswith(made.suffix))
     write_atomically(out / name, made.read_bytes())
+    for other in set(FILES) - {name}:  # of a killed run
+        (out / other).unlink(missing_ok=True)
     encoder = load_tokenizer(out / name)
     return {"kind": type(encoder).__name__, "file": name, "vocab_size": encoder.vocab_size, "sha256": file_sha256(encoder.path)}
 
@@ -573,10 +591,13 @@ def read_manifest(path):
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if {"tokenizer", "parts", "inputs", "shards", "ledger"} <= manifest.keys():
+            for name in [manifest["tokenizer"]["file"], *(shard["name"] for shard in manifest["shards"])]:
+                if Path(name).name != name:
+                    raise SystemExit(f"{path / 'manifest.json'} names {name}, which is not a file of its folder: do not use it")
             return manifest
     except FileNotFoundError:
         raise SystemExit(f"no data in {path}: python prepare.py FILE_OR_DIR --out {path}")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, KeyError, TypeError):
         pass
     raise SystemExit(f"{path / 'manifest.json'} is damaged or of another version: delete the folder and run prepare.py again")
 

@@ -23,6 +23,7 @@ import sysconfig
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -191,8 +192,8 @@ def document_of(row, folder=""):
         sections = [part for section in row["sections"] or [] for part in (section["title"], section["content"])]
         return Document(lines(row["title"], row.get("summary"), *sections), format="baike")
     if {"title", "answer"} <= fields:
-        more = row.get("desc") or ""
-        question = row["title"] if more in row["title"] else lines(row["title"], more)
+        title, more = lines(row["title"]).strip(), lines(row.get("desc")).strip()
+        question = title if more in title else more if title in more else lines(title, more)
         return Document(turns(question, row["answer"]), "chat", "baidu_qa")
     if {"INSTRUCTION", "RESPONSE"} <= fields:
         unpopular = "upvotes" if upvotes(row.get("METADATA")) < MIN_UPVOTES else ""
@@ -223,7 +224,7 @@ def document_of(row, folder=""):
 
 TAGS = re.compile(r"\A(?:<(?:reponame|filename|gh_stars)>[^<\n]*)+\n?")
 ROLES = {
-    "human": "user", "user": "user", "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "system": "system",
+    "human": "user", "user": "user", "system": "system", **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "bing", "bard"), "assistant"),
 }  # fmt: skip
 
 
@@ -241,16 +242,16 @@ def turns(question, answer):
 
 def by_role(pairs):
     """(role, text) pairs -> messages. What one side says several times in a row is one message; an empty one is none."""
-    messages = []
+    said = []  # [role, its texts]
     for name, text in pairs:
         role = ROLES.get(str(name).lower())
         if role is None:
             raise ValueError(f"a turn of {name!r}, expected one of {', '.join(ROLES)}")
-        if messages and messages[-1]["role"] == role:
-            messages[-1]["content"] = lines(messages[-1]["content"], text)
-        elif lines(text):
-            messages.append({"role": role, "content": text})
-    return messages
+        if lines(text):
+            if not said or said[-1][0] != role:
+                said.append((role, []))
+            said[-1][1].append(text)
+    return [{"role": role, "content": lines(*texts)} for role, texts in said]
 
 
 def upvotes(metadata):
@@ -266,20 +267,21 @@ def upvotes(metadata):
 
 def read_txt(file, path, first_line=1):
     """Documents of about 2,000 characters, cut at line ends."""
-    document, size, problem, where = [], 0, "", ""
+    document, size, problem, at = [], 0, "", first_line
     for number, line in enumerate(file, first_line):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            text, problem = line.decode("utf-8", errors="replace"), problem or not_utf8(error)
-            where = where or f"{path}, line {number}"
+            text = line.decode("utf-8", errors="replace")
+            if not problem:
+                problem, at = not_utf8(error), number
         document.append(text)
         size += len(text)
         if size >= 2000:
-            yield where, Document("".join(document), problem=problem)
-            document, size, problem, where = [], 0, "", ""
+            yield f"{path}, line {at}", Document("".join(document), problem=problem)
+            document, size, problem, at = [], 0, "", number + 1
     if document:
-        yield where, Document("".join(document), problem=problem)
+        yield f"{path}, line {at}", Document("".join(document), problem=problem)
 
 
 def not_utf8(error):
@@ -299,7 +301,7 @@ def json_line(line):
 def document_or_problem(get_row, path, raw):
     """What document_of makes of a row, or a Document with the reason why it cannot."""
     try:
-        return document_of(get_row(), path.parent.name)
+        return document_of(get_row(), path.resolve().parent.name)
     except UnicodeDecodeError as error:
         problem = not_utf8(error)
     except json.JSONDecodeError as error:
@@ -313,49 +315,41 @@ def document_or_problem(get_row, path, raw):
 
 def read_json(file, path):
     """An array of rows, one row over many lines, or, in spite of the name, a row a line."""
-    line = next((line for line in file if line.strip()), b"")
+    head = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
     file.seek(0)
-    try:
-        one_a_line = not line.lstrip(codecs.BOM_UTF8).lstrip().startswith(b"[") and (json_line(line), True)[1]
-    except ValueError:
-        one_a_line = False
-    if one_a_line:
+    if not head.startswith(b"[") and head.partition(b"\n")[0].strip() != b"{":
         yield from read_jsonl(file, path)
         return
+    number = 0
     try:
         for number, row in enumerate(json_values(io.TextIOWrapper(file, encoding="utf-8-sig")), 1):
             yield f"{path}, row {number}", document_or_problem(lambda row=row: row, path, row)
-    except UnicodeDecodeError as error:
-        raise SystemExit(f"{path} is not UTF-8 (byte {error.start} of a block): convert it, e.g. iconv -f gb18030 -t utf-8")
-    except json.JSONDecodeError as error:
-        raise SystemExit(f"{path}: not JSON behind row {error.rows} ({error.msg}): mend it; one row a line loses only bad lines")
+    except (ValueError, RecursionError) as error:
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"not JSON ({getattr(error, 'msg', error)})"
+        raise SystemExit(f"{path}: {reason} behind row {number}: mend it; of a file with a row a line only bad lines are lost")
 
 
 def json_values(file):
     """The values of an array, or those that stand one behind another, without holding the whole file."""
-    decoder, text, at, size, rows = json.JSONDecoder(strict=False), "", 0, 1 << 20, 0
-    between = re.compile(r"[\s,]*")
-    opening = re.compile(r"\s*\[")
-    is_array = None
+    decoder, between = json.JSONDecoder(strict=False), re.compile(r"[\s,]*")
+    text, at, size, in_array = "", 0, 1 << 20, False
     while True:
-        if is_array is None and (text := text + file.read(size)):
-            is_array = bool(start := opening.match(text))
-            at = start.end() if is_array else 0
         at = between.match(text, at).end()
+        bracket = "]" if in_array else "["
+        if text.startswith(bracket, at):
+            at, in_array = at + 1, not in_array
+            continue
         try:
-            if is_array and text[at : at + 1] == "]":
-                return
             value, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
+        except json.JSONDecodeError:
             more = file.read(size)
             if not more:
-                if at == len(text) and not is_array:
+                if at == len(text) and not in_array:
                     return
-                error.rows = rows
                 raise
             text, at, size = text[at:] + more, 0, 2 * size  # twice as much each time: linear in the longest value
             continue
-        rows, size = rows + 1, 1 << 20
+        size = 1 << 20
         yield value
 
 
@@ -365,12 +359,22 @@ def read_parquet(file, path):
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise SystemExit(f"{path}: reading parquet needs pyarrow: pip install pyarrow")
+    number = 0
     try:
-        rows = (row for batch in ParquetFile(file).iter_batches(batch_size=1000) for row in batch.to_pylist())
-        for number, row in enumerate(rows, 1):
-            yield f"{path}, row {number}", document_or_problem(lambda row=row: row, path, row)
+        for batch in ParquetFile(file).iter_batches(batch_size=1000):
+            rows = None
+            with contextlib.suppress(UnicodeDecodeError):  # then one by one, which is slow
+                rows = batch.to_pylist()
+            for i in range(batch.num_rows):
+                number += 1
+                get = functools.partial(rows.__getitem__, i) if rows else functools.partial(row_of_batch, batch, i)
+                yield f"{path}, row {number}", document_or_problem(get, path, "")
     except (OSError, ArrowException) as error:
-        raise SystemExit(f"{path}: not a whole parquet file ({str(error).splitlines()[0]}): fetch it again")
+        raise SystemExit(f"{path}: damaged behind row {number} ({str(error).splitlines()[0]}): fetch it again; the same command goes on")
+
+
+def row_of_batch(batch, i):
+    return batch.slice(i, 1).to_pylist()[0]
 
 
 def read_html(file, path):
@@ -387,12 +391,13 @@ def read_html(file, path):
         yield str(path), Document(extract(page, favor_precision=True, include_comments=False) or "")
 
 
-CHARSET = re.compile(rb"""charset\s*=\s*["']?\s*([A-Za-z0-9_.:-]+)""", re.IGNORECASE)
+CHARSET = re.compile(rb"""<meta[^<>]*?charset\s*=\s*["']?\s*([A-Za-z0-9_.:-]+)""", re.IGNORECASE)
 
 
 def decode_page(content):
     """Bytes to text by the byte order mark, what the page declares, or what fits; None if nothing does."""
     declared = [match.decode("ascii").lower() for match in CHARSET.findall(content[:4096])[:1]]
+    declared = [name for name in declared if not name.startswith("utf-16")]  # who can read so far can tell that it is not
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         declared = ["utf-16"]
     # Pages that declare one of its subsets use all of GB18030.
@@ -431,7 +436,7 @@ class Part:
     @property
     def name(self):
         first = self.paths[0] if self.stop is None else f"{self.paths[0]}, bytes {self.start} to {self.stop}"
-        return str(first) if len(self.paths) == 1 else f"{first} and {len(self.paths) - 1} more"
+        return readable(first if len(self.paths) == 1 else f"{first} and {len(self.paths) - 1} more")
 
     def documents(self):
         """Yield (where, Document); .position is how many bytes have been read."""
@@ -458,6 +463,11 @@ class Part:
                 raise SystemExit(f"{path}: cannot be read ({error.strerror or error}): mend or remove it; the same command goes on")
 
 
+def readable(name):
+    """A file name, whose bytes may be no UTF-8, as text that can be written."""
+    return str(name).encode("utf-8", errors="replace").decode("utf-8")
+
+
 def lines_until(file, stop):
     """The lines of a binary file that begin before a byte."""
     at = file.tell()
@@ -466,18 +476,24 @@ def lines_until(file, stop):
         yield line
 
 
-def file_parts(inputs):
-    """Files and folders given by the user, as parts of about PART_BYTES. A source is named as the file or folder that was given."""
-    parts = []
+def file_parts(inputs, out=None):
+    """Files and folders given by the user, as parts of about PART_BYTES. A source is named as the file or folder that was given.
+
+    Of a folder, hidden files are not read, nor what is in the folder out.
+    """
+    parts, seen = [], set()
     for given in map(Path, inputs):
         if not given.exists():
             raise SystemExit(f"{given}: no such file or folder")
-        paths = sorted(path for path in given.rglob("*") if suffix_of(path) in READERS and path.is_file()) if given.is_dir() else [given]
+        paths = files_in(given, out) if given.is_dir() else [given]
         if not paths or suffix_of(paths[0]) not in READERS:
             raise SystemExit(f"{given}: nothing to read; expected files ending in {', '.join(READERS)}, or .gz of them")
-        source = given.resolve().name if given.is_dir() else given.name.partition(".")[0]
+        source = readable(given.resolve().name if given.is_dir() else re.sub(r"\.\w+(\.gz)?$", "", given.name, flags=re.IGNORECASE))
         group, group_size = [], 0
         for path in paths:
+            if path.resolve() in seen:
+                raise SystemExit(f"{path}: given twice")
+            seen.add(path.resolve())
             size = path.stat().st_size
             if size > PART_BYTES and suffix_of(path) in (".txt", ".jsonl") and path.suffix.lower() != ".gz":
                 parts += line_parts(source, path, size)
@@ -492,6 +508,22 @@ def file_parts(inputs):
         if group:
             parts.append(whole_files(source, group))
     return parts
+
+
+def files_in(folder, out):
+    """The files of a folder that can be read, sorted; says what else is there."""
+    found, others = [], Counter()
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_dir() or hidden or out and path.resolve().is_relative_to(out.resolve()):
+            continue
+        if path.is_file() and suffix_of(path) in READERS:
+            found.append(path)
+        else:
+            others[path.suffix or "no ending" if path.is_file() else "broken link"] += 1
+    if others:
+        print(f"{folder}: not read: " + ", ".join(f"{number} {kind}" for kind, number in others.most_common()), file=sys.stderr)
+    return found
 
 
 def whole_files(source, paths):

@@ -29,7 +29,8 @@ import train
 from benchmark import peak_memory
 from eval import evenly_spaced, leak
 from model import Decoder
-from prepare import TokenData, write_atomically
+from prepare import TokenData
+from sources import write_atomically
 
 # name -> flags of train.py, number of seeds
 VARIANTS = {
@@ -184,7 +185,7 @@ def run_one(name, seed, args):
     state = json.loads((model.checkpoint / "state.json").read_text(encoding="utf-8"))
     val = TokenData(args.data, "val", model.config.block_size)
     result = {"loss": lines[-1]["val_loss"], "bpb": lines[-1]["val_bpb"], "parameters": model.n_params(),
-              "trained": state["samples"] * model.config.block_size, "state": decode_state(model),
+              "trained": sum(served for _, served in state["phases"]) * model.config.block_size, "state": decode_state(model),
               "speed": statistics.median(line["tokens_per_second"] for line in lines if "loss" in line)}  # fmt: skip
     if name == "sequence":  # its own loss says nothing; how far it is off is measured on every fifth block or so
         scores = leak(model, torch.from_numpy(np.stack([val[i] for i in evenly_spaced(val, 32_768)])))

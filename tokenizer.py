@@ -168,7 +168,9 @@ def train_sentencepiece(texts, vocab_size, path):
         raise SystemExit(f"no tokenizer of {vocab_size} pieces from this text ({reason}): more text, or another --vocab-size")
     if refusal:
         raise refusal
-    Path(path).write_bytes(model.getvalue())
+    temporary = Path(f"{path}.tmp")  # a full disk must not leave half of a model
+    temporary.write_bytes(model.getvalue())
+    temporary.replace(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -32,8 +32,9 @@ import torch.distributed as dist
 
 from eval import MAX_TOKENS, evaluate
 from model import CHOICES, PRESETS, Config, Decoder, choose_device, newest_checkpoint, read_tensors
-from prepare import TokenData, prepare, targets_of, write_atomically
+from prepare import TokenData, prepare, targets_of
 from sample import generate
+from sources import file_sha256, write_atomically
 from tokenizer import load_tokenizer
 
 DEFAULT_DATA = "data/default"
@@ -47,6 +48,7 @@ def get_args(argv=None, **defaults):
     add("--data", default=DEFAULT_DATA, help="folder made by prepare.py; the default one is made when missing")
     add("--out", default="out/demo", help="run directory")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, with that run's flags where none is given")
+    add("--init-from", metavar="PATH", help="start from the weights of a checkpoint or of a run's newest one; the optimizer starts anew")
     add("--seed", type=int, default=0, help="of the initialisation and of the order of the data")
     # How long, how much at a time
     length = parser.add_mutually_exclusive_group()
@@ -72,6 +74,7 @@ def get_args(argv=None, **defaults):
     # Machine
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; by default where a compiler is found")
+    add("--exact", action="store_true", help="the same bits at 1, 2, 4, ... processes, for a little time and memory")
     add("--verify", action="store_true", help="hash every shard before training on it")
     # Model
     add("--reset-at-eos", action=argparse.BooleanOptionalAction, default=False, help="no reading back over an end of document")
@@ -129,10 +132,39 @@ def data_order(i, n, seed):
     return out.astype(np.int64) if out.ndim else int(out)
 
 
-def batch_at(data, seed, first, count):
-    """Samples first .. first + count of the run -> ids, targets [count, T]. Every epoch serves every block once, in its own order."""
-    n = len(data)
-    blocks = [data_order(g % n, n, f"{seed} epoch {g // n}") for g in range(first, first + count)]
+def unserved(phases):
+    """How many blocks the pass that a run is in has still to serve."""
+    if not phases:
+        return 0
+    *before, (n, served) = phases
+    first_pass = unserved(before) + n - blocks_before(before)
+    return first_pass - served if served < first_pass else -(served - first_pass) % n
+
+
+def blocks_before(phases):
+    return phases[-1][0] if phases else 0
+
+
+def block_at(i, phases, seed):
+    """Which block is sample i of the last phase.
+
+    phases [(blocks of the data, samples served while there were so many), ...]: data that grows begins a new phase. Its
+    first pass serves what the pass before had not served yet and all new blocks, mixed; every later pass serves every block.
+    """
+    *before, (n, _) = phases
+    left, old = unserved(before), blocks_before(before)
+    first_pass = left + n - old
+    name = f"{seed} phase {len(before)}" if before else seed
+    if i >= first_pass:
+        epoch, i = divmod(i - first_pass, n)
+        return data_order(i, n, f"{name} epoch {epoch + 1}")
+    i = data_order(i, first_pass, f"{name} epoch 0")
+    return old + i - left if i >= left else block_at(before[-1][1] + i, before, seed)
+
+
+def batch_at(data, phases, seed, first, count):
+    """Samples first .. first + count of the last phase -> ids, targets [count, T]."""
+    blocks = [block_at(i, phases, seed) for i in range(first, first + count)]
     return tuple(torch.from_numpy(np.stack(rows)) for rows in ([data[i][:-1] for i in blocks], [targets_of(data, i) for i in blocks]))
 
 
@@ -216,6 +248,52 @@ def lr_factor(step, progress, args):
     return warm * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def exact_gradients(micro_loss, params, n_micro, rank, world):
+    """Set every gradient, and return the loss, summed over all micro-batches of all ranks in one order at any number of ranks.
+
+    It is a binary tree over the micro-batches of the step: halves are summed apart as long as they are even. Each rank has one
+    of its branches, and what is left of the tree joins the ranks.
+    """
+
+    def branch(first, count):
+        if count == 1:
+            loss = micro_loss(first)
+            return [loss.detach(), *torch.autograd.grad(loss, params)]
+        cuts = [first, first + count // 2, first + count] if count % 2 == 0 else range(first, first + count + 1)
+        total = branch(cuts[0], cuts[1] - cuts[0])
+        for low, high in zip(cuts[1:], cuts[2:]):
+            torch._foreach_add_(total, branch(low, high - low))
+        return total
+
+    total = branch(0, n_micro)
+    flat = torch.cat([part.reshape(-1) for part in total])
+    if world > 1:  # each rank sums a share of the numbers for all: as many bytes as a ring
+        size = len(flat)
+        flat = torch.nn.functional.pad(flat, (0, -size % world))
+        rows = torch.empty_like(flat)
+        dist.all_to_all_single(rows, flat)
+        rows = rows.view(world, -1)
+        while len(rows) > 1:
+            rows = rows[0::2] + rows[1::2]
+        dist.all_gather_into_tensor(flat, rows[0])
+        flat = flat[:size]
+    loss, *gradients = flat.split([1, *(p.numel() for p in params)])
+    for p, gradient in zip(params, gradients):
+        p.grad = gradient.view_as(p)
+    return loss[0]
+
+
+# A step whose loss or gradient is no number, or whose loss stands out from those before it, is skipped.
+SPIKE, WINDOW, MAX_SKIPPED = 6.0, 64, 5  # standard deviations; steps to compare with; this many in a row end the run
+
+
+def is_bad(loss, norm, recent):
+    """Whether to skip a step, from its loss, the norm of its gradient, and the losses of the last good steps."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        return True
+    return len(recent) == WINDOW and loss > np.mean(recent) + SPIKE * np.std(recent)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
@@ -258,6 +336,19 @@ def open_metrics(path, step):
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         write_atomically(path, "".join(line + "\n" for line in kept).encode("utf-8"))
     return open(path, "a", encoding="utf-8")
+
+
+def weights_for(config, tokenizer, path):
+    """The weights of another run's checkpoint, if they are of this model and this tokenizer. Its context may have been another."""
+    other = Decoder.load(path)
+    free = {"block_size": config.block_size, "reset_id": config.reset_id}
+    now, then = asdict(config), asdict(replace(other.config, **free))
+    if now != then:
+        changed = ", ".join(f"{key} {then[key]}, not {now[key]}" for key in now if now[key] != then[key])
+        raise SystemExit(f"--init-from {other.checkpoint}: another model ({changed}): give its flags")
+    if file_sha256(load_tokenizer(other.checkpoint).path) != file_sha256(tokenizer.path):
+        raise SystemExit(f"--init-from {other.checkpoint}: another tokenizer: prepare the data with --tokenizer {other.checkpoint}")
+    return other.state_dict()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -334,7 +425,7 @@ def main(argv=None):
     reset_id = tokenizer.eos_id if args.reset_at_eos else -1
     config = replace(PRESETS[args.preset], vocab_size=tokenizer.embedding_rows, reset_id=reset_id, **given)
     data, val = (TokenData(args.data, split, config.block_size, args.verify) for split in ("train", "val"))
-    shards = [shard["sha256"]["tokens"] for shard in data.shards]
+    shards = {shard["sha256"]["tokens"]: shard["name"] for shard in data.shards}
 
     # Breakdown of a step
     T, B = config.block_size, args.micro_batch
@@ -343,13 +434,18 @@ def main(argv=None):
     if rest:
         product = f"micro-batch x block x ranks = {B} x {T} x {world} = {B * T * world}"
         raise SystemExit(f"--batch-tokens {args.batch_tokens} is not a multiple of {product}")
+    if args.exact and world & (world - 1):
+        raise SystemExit(f"--exact sums in pairs: {world} processes are not a power of two")
     batch = n_micro * B * world  # sequences of a step; rank r takes the r-th equal share of them
 
     # Model and optimizers
     torch.manual_seed(args.seed)
-    model = Decoder(config).to(device)
+    model = Decoder(config)
+    if args.init_from and not checkpoint:
+        model.load_state_dict(weights_for(config, tokenizer, args.init_from))
+    model.to(device)
     optimizers = make_optimizers(model, args)
-    step, samples, seconds, skipped = 0, 0, 0.0, 0
+    step, phases, seconds, skipped, in_a_row, recent = 0, [[len(data), 0]], 0.0, 0, 0, []
     compiled = can_compile(device) if args.compile is None else args.compile
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "world": world, "compile": compiled,
                "device": device, "cpu": platform.machine()}  # fmt: skip
@@ -357,15 +453,21 @@ def main(argv=None):
         if state["config"] != asdict(config):
             changed = [f"{k} {v} -> {asdict(config)[k]}" for k, v in state["config"].items() if asdict(config)[k] != v]
             raise SystemExit(f"--resume: the model is another one than in {checkpoint} ({', '.join(changed)}): change --out")
-        if state["shards"] != shards:
-            raise SystemExit(f"--resume: the shards of {args.data} are not those that {checkpoint} was trained on")
+        for sha256, name in state["shards"].items():
+            if shards.get(sha256) != name:
+                raise SystemExit(f"--resume: {checkpoint} was trained on shard {name}, which {args.data} has lost or changed: bring it back")
         if state["machine"] != machine:
             say(f"note: was {state['machine']}, is {machine}: goes on, but not to the same bits")
         model.load_state_dict(read_tensors(checkpoint / "model.pt", device))
         for optimizer, saved in zip(optimizers, read_tensors(checkpoint / "optimizer.pt", device), strict=True):
             groups = optimizer.state_dict()["param_groups"]  # of the flags now, not of those then
             optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-        step, samples, seconds, skipped = (state[key] for key in ("step", "samples", "seconds", "skipped"))
+        step, phases, seconds, skipped, in_a_row, recent = (
+            state[key] for key in ("step", "phases", "seconds", "skipped", "in_a_row", "recent")
+        )
+        if len(data) > phases[-1][0]:
+            say(f"{len(data) - phases[-1][0]:,} new blocks, mixed with the {unserved(phases):,} that this pass has not served yet")
+            phases.append([len(data), 0])
     if compiled:
         for block in model.blocks:  # one block's code serves all: the time to compile does not grow with depth
             block.compile()
@@ -400,10 +502,20 @@ def main(argv=None):
     def progress():
         return min(1.0, step / args.steps if args.steps else seconds / (60 * args.minutes))
 
+    def micro_loss(micro):
+        """The share of a micro-batch of this rank in the mean loss of the step."""
+        first = phases[-1][1] + (rank * n_micro + micro) * B
+        ids, targets = (a.to(device, non_blocking=True) for a in batch_at(data, phases, args.seed, first, B))
+        with autocast:
+            return model(ids, targets) / (n_micro * world)
+
+    def tokens_seen():
+        return sum(served for _, served in phases) * T
+
     def save():
         if rank == 0:
-            values = {"step": step, "samples": samples, "seconds": seconds, "skipped": skipped, "config": asdict(config),
-                      "args": vars(args) | {"resume": False}, "shards": shards, "machine": machine}  # fmt: skip
+            values = {"step": step, "phases": phases, "seconds": seconds, "skipped": skipped, "in_a_row": in_a_row,
+                      "recent": recent, "config": asdict(config), "args": vars(args) | {"resume": False}, "shards": shards, "machine": machine}  # fmt: skip
             save_checkpoint(run, values, model, optimizers, tokenizer.path, args)
 
     # Compiled code would be made anew for every length of text, so what happens now and then runs without it.
@@ -433,25 +545,27 @@ def main(argv=None):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * group["scale"] * factor
-        loss = torch.zeros((), device=device)
-        for micro in range(n_micro):
-            batch_of = batch_at(data, args.seed, samples + (rank * n_micro + micro) * B, B)
-            ids, targets = (a.to(device, non_blocking=True) for a in batch_of)
-            with autocast:
-                micro_loss = model(ids, targets) / (n_micro * world)
-            micro_loss.backward()
-            loss += micro_loss.detach()
-        if world > 1:
+        if args.exact:
+            loss = exact_gradients(micro_loss, params, n_micro, rank, world)
+        else:
+            loss = torch.zeros((), device=device)
+            for micro in range(n_micro):
+                own = micro_loss(micro)
+                own.backward()
+                loss += own.detach()
+        if world > 1 and not args.exact:
             # Gradients are summed one by one in a fixed order, not in DDP's buckets, which it rearranges after the first
             # step: with them a resumed run would not add up to the same bits.
             for work in [dist.all_reduce(p.grad, async_op=True) for p in params] + [dist.all_reduce(loss, async_op=True)]:
                 work.wait()
         norm = torch.nn.utils.clip_grad_norm_(params, args.clip or math.inf)
-        if math.isfinite(norm):
+        loss, norm = torch.stack([loss, norm]).tolist()  # the same on all ranks, so that all skip or none does
+        if is_bad(loss, norm, recent):
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+        else:
+            in_a_row, recent = 0, [*recent[1 - WINDOW :], loss]
             for optimizer in optimizers:
                 optimizer.step()
-        else:
-            skipped += 1
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         took, stop = time.perf_counter() - start, stop_asked
@@ -459,20 +573,24 @@ def main(argv=None):
             agreed = torch.tensor([took if rank == 0 else 0.0, float(stop)], dtype=torch.float64, device=device)
             dist.all_reduce(agreed)
             took, stop = agreed[0].item(), agreed[1].item() > 0
-        step, samples, seconds = step + 1, samples + batch, seconds + took
+        step, seconds = step + 1, seconds + took
+        phases[-1][1] += batch
 
         if step % args.log_every == 0 or step == 1:
             done = progress()
             mfu = f" | mfu {100 * flops * args.batch_tokens / took / (peak * world):3.0f}%" if peak else ""
-            loss_value, eta = loss.item(), seconds / done - seconds
-            bpb = loss_value / math.log(2) / bytes_per_token
+            eta, bpb = seconds / done - seconds, loss / math.log(2) / bytes_per_token
             total = args.steps or int(step / done)
             speed = f"{1000 * took:4.0f} ms | {args.batch_tokens / took / 1000:.2f}k tok/s{mfu} | eta {eta / 60:.0f}m"
-            say(f"step {step:>5}/{total:<5} {100 * done:5.1f}% | loss {loss_value:.4f} | bpb {bpb:.3f} | "
-                f"lr {args.lr * factor:.1e} | norm {norm.item():.2f} | {speed}" + (f" | skipped {skipped}" if skipped else ""))  # fmt: skip
-            record(step=step, loss=loss_value, bpb=bpb, lr=args.lr * factor, norm=norm.item(), ms=1000 * took,
-                   tokens_per_second=args.batch_tokens / took, tokens=samples * T, seconds=seconds, skipped=skipped)  # fmt: skip
-        if args.save_every and step % args.save_every == 0:
+            say(f"step {step:>5}/{total:<5} {100 * done:5.1f}% | loss {loss:.4f} | bpb {bpb:.3f} | "
+                f"lr {args.lr * factor:.1e} | norm {norm:.2f} | {speed}" + (f" | skipped {skipped}" if skipped else ""))  # fmt: skip
+            record(step=step, loss=loss, bpb=bpb, lr=args.lr * factor, norm=norm, ms=1000 * took,
+                   tokens_per_second=args.batch_tokens / took, tokens=tokens_seen(), seconds=seconds, skipped=skipped)  # fmt: skip
+        if in_a_row == MAX_SKIPPED:
+            good = sorted(run.glob("step-*"))[-1:] or ["none"]
+            message = f"{MAX_SKIPPED} steps in a row had a loss or a gradient that cannot be right: the run ends at step {step}. The last good checkpoint "
+            raise SystemExit(f"{message}is {good[0]}: go on from there with a smaller --lr, or look at the data" if rank == 0 else 1)
+        if args.save_every and step % args.save_every == 0 and not in_a_row:
             save()
             last_saved = step
         if args.eval_every and step % args.eval_every == 0 and progress() < 1 and not stop:
@@ -487,7 +605,7 @@ def main(argv=None):
         result = score(MAX_TOKENS)
         show_sample()
         loss, bpb = result["loss"], result["bpb"]
-        say(f"done: step {step}, val loss {loss:.4f}, val bpb {bpb:.4f}, tokens {samples * T}, {seconds:.0f} s")
+        say(f"done: step {step}, val loss {loss:.4f}, val bpb {bpb:.4f}, tokens {tokens_seen()}, {seconds:.0f} s")
         say(f"next: python sample.py {run}    python eval.py {run}")
     if world > 1:
         dist.destroy_process_group()

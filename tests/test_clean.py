@@ -12,6 +12,7 @@ import pytest
 import clean
 from benchmark import HOSTILE, OPERATORS
 from clean import PIPELINES, NGram, clean_text, filtered_by, fingerprints, language, mapped, near_copies
+from prepare import REFERENCE_CHARACTERS
 
 
 def test_clean_text():
@@ -32,6 +33,9 @@ def test_clean_text():
         ("clean_html", "<p>一&amp;二</p><ul><li>甲</li><li>乙</li></ul>", "一&二\n*甲\n*乙"),
         ("clean_html", "if a<b and c>d:\n  x", "if a<b and c>d:\n  x"),  # no tag
         ("clean_html", "x <b and c>, <a href='u'>甲</a> <br/>", "x <b and c>, 甲 "),
+        ("clean_html", "<!DOCTYPE html><p hidden>甲<!-- <b> --></p><input disabled>乙 <!-- 丙", "甲乙 <!-- 丙"),
+        ("clean_copyright", "/* a /* Copyright */ b */", " b */"),
+        ("clean_copyright", "/* Copyright, never closed", "/* Copyright, never closed"),
         ("clean_copyright", "/* Copyright 2020 */\nint a;", "\nint a;"),
         ("clean_copyright", "/* what it does */\nint a;", "/* what it does */\nint a;"),
         ("clean_copyright", "# Copyright me\n#\n# all rights\nimport a", "import a"),
@@ -43,6 +47,8 @@ def test_clean_text():
         ("punctuation_normalization", "“好”，１…", '"好","...'),
         ("remove_repeat_sentences", "好的。走吧！好的。\n嗯。嗯。走吧？", "好的。走吧！\n嗯。嗯。"),
         ("remove_repeat_sentences", "好、的。好的。 好的！", "好、的。"),
+        ("remove_repeat_sentences", "Good one. Next thing! Good one. Next thing! The end of it.", "Good one. Next thing! The end of it."),
+        ("remove_repeat_sentences", "图1. Apple公司。售价。图1. Apple公司。售价。最后。", "图1. Apple公司。售价。最后。"),
         ("remove_repeat_sentences", "1.50\n2.50\n第1章\n第2章\n", "1.50\n2.50\n第1章\n第2章\n"),  # figures tell lines apart
         ("remove_specific_chars", "◆一|二●", "一|二"),
         ("remove_chars_and_bars", "◆一|二●", "一二"),
@@ -139,7 +145,26 @@ def test_filters_see_chinese_prose_as_prose():
     assert clean.special_characters("一上士") == 0 < clean.all_special_characters("一上士")
 
 
+def test_mojibake_is_repaired_before_its_bytes_are_taken_for_control_characters():
+    for text in ("中文维基百科", "中文，好。"):
+        assert mapped(clean_text(text.encode("utf-8").decode("latin-1")), "zh") == text
+    assert mapped("a\x85b\x9f", "zh").isprintable() and mapped("用 &lt;br&gt; 换行，<b>粗</b>", "zh") == "用 <br> 换行，粗"
+
+
+def test_a_text_without_repeated_sentences_stays_as_it_is():
+    random.seed(0)
+    for _ in range(500):
+        pieces = ["".join(random.choices("ab1 ，.", k=random.randrange(8))) + random.choice("。！？.!?\n ") for _ in range(6)]
+        text = "".join(pieces)
+        result = clean.remove_repeat_sentences(text)
+        keys = [key for part in clean.ENDING.split(text) if len(key := "".join(filter(str.isalnum, part))) > 1]
+        assert (result == text) == (len(set(keys)) == len(keys))
+        left = [key for part in clean.ENDING.split(result) if len(key := "".join(filter(str.isalnum, part))) > 1]
+        assert len(set(left)) == len(left) or len(result) < len(text)
+
+
 def test_code_keeps_what_the_published_operators_delete():
+    assert mapped('s.replace("&", "&amp;")\n', "code") == 's.replace("&", "&amp;")\n'
     program = "#include <stdio.h>\nint main() {\n    char* word = map[key:value];\n    return 0;\n}\n"
     assert mapped(program, "code") == program and filtered_by(program, "code") is None
     assert clean.clean_html("if a<b:\n    the_rest()") == "if a<b:\n    the_rest()"
@@ -186,6 +211,14 @@ def test_perplexity_is_that_of_a_model_of_dictionaries():
     for text in ("却说曹操", "却说关公引兵来到河边。", "好", "abc 却"):
         assert model.perplexity(text) == pytest.approx(slow_perplexity(reference, text), rel=1e-12)
     assert model.perplexity("") == 0 and model.perplexity("却说曹操") < 50 < 1500 < model.perplexity("﹏烫屯＃㊣♀")
+
+
+def test_a_model_of_the_largest_reference_still_tells_noise_apart():
+    rng = np.random.default_rng(0)
+    text, noise = ("".join(map(chr, rng.integers(0x4E00, 0x9000, n))) for n in (REFERENCE_CHARACTERS, 2000))
+    model = NGram()
+    model.learn(text)
+    assert model.perplexity(text[1_000_000:1_002_000]) < 100 and model.perplexity(noise) > clean.MAX_PERPLEXITY
 
 
 # --- near copies

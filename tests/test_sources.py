@@ -48,6 +48,10 @@ ROWS = {
         {"qid": "q1", "title": "怎么办？", "desc": "电脑打不开了", "answer": "重启。"},
         Document(chat("怎么办？\n电脑打不开了", "重启。"), "chat", "baidu_qa"),
     ),
+    "baidu qa with a description that says it all": (
+        {"qid": "q1", "title": "怎么办？ ", "desc": " 电脑打不开了，怎么办？", "answer": "重启。"},
+        Document(chat("电脑打不开了，怎么办？", "重启。"), "chat", "baidu_qa"),
+    ),
     "baidu qa with a description that says no more": (
         {"qid": "q1", "title": "电脑打不开了怎么办？", "desc": "电脑打不开了", "answer": "重启。"},
         Document(chat("电脑打不开了怎么办？", "重启。"), "chat", "baidu_qa"),
@@ -151,7 +155,7 @@ def test_files_of_all_kinds_mixed_in_one_folder(tmp_path):
 
 def test_values_of_an_array_that_is_larger_than_what_is_read_at_once(tmp_path):
     rows = [{"text": random.Random(i).choice("天地玄") * (3_000_000 if i == 5 else 1000 * i), "n": [1, {"a": "]"}]} for i in range(40)]
-    for text, number in ((json.dumps(rows), 40), ("\n".join(json.dumps(row, indent=1) for row in rows), 40), ("", 0), ("[]", 0), (" [ {} , {} ] ", 2)):
+    for text, number in ((json.dumps(rows), 40), ("\n".join(json.dumps(row, indent=1) for row in rows), 40), ("", 0), ("[]", 0), (" [ {} , {} ] ", 2), ("[{}]\n[{}]", 2)):
         path = tmp_path / "a.json"
         path.write_text(text, encoding="utf-8")
         with open(path, encoding="utf-8") as file:
@@ -236,15 +240,39 @@ def test_a_mark_of_byte_order_nuls_blank_lines_and_very_long_lines(tmp_path):
 @pytest.mark.parametrize("name, content, words", [
     ("a.jsonl.gz", gzip.compress(b"\n".join(GOOD))[:-20], ["a.jsonl.gz: damaged behind line", "fetch it again; the same command goes on"]),
     ("b.jsonl.gz", b"no gzip", ["b.jsonl.gz: damaged behind line 1"]),
-    ("c.json", b"[" + GOOD[0] + b", {]", ["c.json: not JSON behind row 1", "one row a line"]),
-    ("d.json", b"[" + GOOD[0] + b",", ["d.json: not JSON behind row 1"]),
-    ("e.json", b'["\xff"]', ["e.json is not UTF-8"]),
-    ("f.parquet", b"PAR1 cut short", ["f.parquet: not a whole parquet file"]),
+    ("c.json", b"[" + GOOD[0] + b", {]", ["c.json: not JSON", "behind row 1", "a row a line"]),
+    ("d.json", b"[" + GOOD[0] + b",", ["d.json: not JSON (Expecting value) behind row 1"]),
+    ("e.json", b'["\xff"]', ["e.json: not UTF-8 behind row 0"]),
+    ("g.json", b"[" * 100_000, ["g.json: not JSON"]),
+    ("h.json", b'[{"n": ' + b"9" * 5000 + b"}]", ["h.json: not JSON (Exceeds the limit"]),
+    ("i.txt.gz", gzip.compress(b"a\n" * 90_000)[:-9], ["i.txt.gz: damaged behind line "]),
+    ("f.parquet", b"PAR1 cut short", ["f.parquet: damaged behind row 0"]),
 ])  # fmt: skip
 def test_a_damaged_file_is_named(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     refused(call("prepare.py", tmp_path / name, "--out", tmp_path / "out", "--workers", 1, ok=False), *words)
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_text_in_a_parquet_file_that_is_no_utf_8_costs_one_row(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    raw = pyarrow.array([b"one", b"\xff\xfe", "三".encode()], type=pyarrow.binary())
+    texts = pyarrow.StringArray.from_buffers(3, raw.buffers()[1], raw.buffers()[2])
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    found = [(where.rpartition(", ")[2], document.content, bool(document.problem)) for _, where, document in read(tmp_path / "a.parquet")]
+    assert found == [("row 1", "one", False), ("row 2", "", True), ("row 3", "三", False)]
+
+
+def test_what_a_folder_holds_beside_text_is_named_and_out_is_not_read(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    for name in ("a.txt", "b.csv", "c.csv", "out/manifest.json", ".hidden/d.txt"):
+        (tmp_path / name).write_text("text")
+    (tmp_path / "e.txt").symlink_to(tmp_path / "nowhere")
+    assert [path.name for part in file_parts([tmp_path], tmp_path / "out") for path in part.paths] == ["a.txt"]
+    assert capsys.readouterr().err == f"{tmp_path}: not read: 2 .csv, 1 broken link\n"
 
 
 def test_unreadable_and_repeated_files_are_named_before_anything_is_written(tmp_path):

