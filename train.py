@@ -608,6 +608,7 @@ def main(argv=None):
         say(f"done: step {step}, val loss {loss:.4f}, val bpb {bpb:.4f}, tokens {tokens_seen()}, {seconds:.0f} s")
         say(f"next: python sample.py {run}    python eval.py {run}")
     if world > 1:
+        dist.barrier()  # a rank that leaves while another is still at work can abort at its exit
         dist.destroy_process_group()
 
 
