@@ -208,7 +208,7 @@ def benchmark_data(args):
     size = int(args.megabytes * 1e6)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        for name, times in (("a", 1), ("b", 1), ("four", 4)):
+        for name, times in (("a", 1), ("b", 1), ("c", 1), ("d", 1), ("four", 4)):
             write_text(folder / f"{name}.jsonl", size * times, name)
         texts = [json.loads(line)["text"] for line in open(folder / "a.jsonl", encoding="utf-8")]
         texts = texts[: max(1, len(texts) // 4)]
@@ -229,10 +229,10 @@ def benchmark_data(args):
 
         took = {}
         for workers in (1, 2):
-            command = [sys.executable, Path(__file__).with_name("prepare.py"), folder / "a.jsonl", folder / "b.jsonl", "--out", folder / str(workers)]
+            command = [sys.executable, Path(__file__).with_name("prepare.py"), *(folder / f"{name}.jsonl" for name in "abcd"), "--out", folder / str(workers)]
             command = [*map(str, command), "--tokenizer", "qwen", "--pipeline", "zh", "--workers", str(workers)]
             took[workers], _ = seconds_of(subprocess.run, command, check=True, capture_output=True)
-        print(f"all of prepare.py on {2 * args.megabytes:g} MB: 1 process {took[1]:.1f} s, 2 processes {took[2]:.1f} s: {took[1] / took[2]:.2f}x")
+        print(f"all of prepare.py on {4 * args.megabytes:g} MB: 1 process {took[1]:.1f} s, 2 processes {took[2]:.1f} s: {took[1] / took[2]:.2f}x")
 
     times = []
     for operator in OPERATORS:

@@ -567,13 +567,13 @@ def make_tokenizer(given, vocab_size, parts, out, work):
                 if outcome == TRAIN and chance.random() * characters < TOKENIZER_CHARACTERS
             )
             train_sentencepiece(texts, vocab_size, made)
+        encoder = load_tokenizer(made)
     else:
-        made = load_tokenizer(fetch_qwen() if given == "qwen" else given).path
-    name = next(name for name in FILES if name.endswith(made.suffix))
-    write_atomically(out / name, made.read_bytes())
+        encoder = load_tokenizer(fetch_qwen() if given == "qwen" else given)
+    name = next(name for name in FILES if name.endswith(encoder.path.suffix))
+    write_atomically(out / name, encoder.path.read_bytes())
     for other in set(FILES) - {name}:  # of a killed run
         (out / other).unlink(missing_ok=True)
-    encoder = load_tokenizer(out / name)
     return {"kind": type(encoder).__name__, "file": name, "vocab_size": encoder.vocab_size, "sha256": file_sha256(encoder.path)}
 
 

@@ -1,6 +1,6 @@
 """Does the causal Soft MoE help, and if so, why? Every variant at equal parameters, data, steps and recipe.
 
-    python study.py                                       # everything; an hour on two cores; goes on where it stopped
+    python study.py                                       # everything; 40 minutes on two cores; goes on where it stopped
     python study.py --only dense causal --seeds 1         # some of it
     python study.py --only dense causal --minutes 4 --out out/minutes        # equal time instead of equal steps
     python study.py --steps 4 --seeds 1 --flags=--no-compile --out out/quick # whether it runs
