@@ -455,9 +455,16 @@ def word_repetition(text):
 
 def spaced_word_repetition(text):
     """As published: only white space parts words, which makes one of a whole clause of Chinese."""
-    known, signs = {}, "".join(SIGNS)
-    stripped = (word.strip(signs) for word in text.lower().split())
-    return repetition(np.array([known.setdefault(word, len(known)) for word in stripped if word]))
+    known, words = {}, []
+    for word in text.lower().split():
+        start, end = 0, len(word)
+        while start < end and word[start] in SIGNS:
+            start += 1
+        while start < end and word[end - 1] in SIGNS:
+            end -= 1
+        if start < end:
+            words.append(known.setdefault(word[start:end], len(known)))
+    return repetition(np.array(words))
 
 
 # ---------------------------------------------------------------------------------------------------------------
