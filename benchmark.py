@@ -204,7 +204,6 @@ def search(n):
 
 
 def benchmark_data(args):
-    torch.set_num_threads(1)
     size = int(args.megabytes * 1e6)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
