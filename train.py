@@ -74,7 +74,7 @@ def get_args(argv=None, **defaults):
     # Machine
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; by default where a compiler is found")
-    add("--exact", action="store_true", help="the same bits at 1, 2, 4, ... processes, for a little time and memory")
+    add("--exact", action="store_true", help="the same bits at 1, 2, 4, ... processes, for a little memory")
     add("--verify", action="store_true", help="hash every shard before training on it")
     # Model
     add("--reset-at-eos", action=argparse.BooleanOptionalAction, default=False, help="no reading back over an end of document")
