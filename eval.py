@@ -69,22 +69,28 @@ def evenly_spaced(blocks, max_tokens):
 
 
 @torch.no_grad()
-def evaluate(model, blocks, token_bytes, device="cpu", batch_tokens=4096, max_tokens=MAX_TOKENS, rank=0, world=1):
+def evaluate(model, blocks, token_bytes, device="cpu", batch_tokens=4096, max_tokens=MAX_TOKENS, rank=0, world=1, stopping=lambda: False):
     """Score blocks of T + 1 ids (-1 after the end of a text: not counted) -> {"loss", "perplexity", "bpb", "tokens"}.
 
     Of more than max_tokens, evenly spaced blocks are taken. bpb divides by the bytes of the counted targets; special
-    ids have none, but their nats count. With world > 1 every rank scores its share and all get the same result.
+    ids have none, but their nats count. With world > 1 every rank scores its share, in as many forwards as the others (a model that is
+    cut over the ranks needs that), and all get the same result. None if stopping() comes true, which is asked before each forward.
     """
     T = len(blocks[0]) - 1
-    chosen = evenly_spaced(blocks, max_tokens)[rank::world]
+    chosen = evenly_spaced(blocks, max_tokens)
+    chosen = np.pad(chosen, (0, -len(chosen) % world), constant_values=-1)[rank::world]
     byte_lengths = np.array([len(b) for b in token_bytes])
     nats, tokens, text_bytes = 0.0, 0, 0
     batch = max(1, batch_tokens // T)
     training = model.training
     model.eval()
     for start in range(0, len(chosen), batch):
+        if stopping():
+            model.train(training)
+            return None
         numbers = chosen[start : start + batch]
-        ids, targets = (np.stack(rows) for rows in ([blocks[i][:-1] for i in numbers], [targets_of(blocks, i) for i in numbers]))
+        ids = np.stack([blocks[max(i, 0)][:-1] for i in numbers])
+        targets = np.stack([targets_of(blocks, i) if i >= 0 else np.full(T, -1) for i in numbers])
         counted = targets[targets >= 0]
         ids, targets = (torch.from_numpy(a).to(device) for a in (ids, targets))
         with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):

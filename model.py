@@ -14,6 +14,7 @@ Shapes: B batch, T time, D width (d_model), H heads, G key/value heads, K head d
 import hashlib
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -579,11 +580,16 @@ def newest_checkpoint(path):
 def checkpoint_problem(path):
     """None if every file of a checkpoint has its recorded sha256, else what is wrong."""
     try:
-        recorded = json.loads((path / "sha256.json").read_text(encoding="utf-8"))
+        content = (path / "sha256.json").read_text(encoding="utf-8")
+        if not content:
+            return "sha256.json is empty"
+        recorded = json.loads(content)
         if not {"model.pt", "optimizer.pt", "state.json"} <= recorded.keys():
             return "sha256.json is damaged"
         for name, sha256 in recorded.items():
             with open(path / name, "rb") as file:
+                if not os.fstat(file.fileno()).st_size:
+                    return f"{name} is empty"
                 if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                     return f"{name} is damaged"
     except FileNotFoundError as error:

@@ -23,6 +23,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -613,13 +614,13 @@ class TokenData:
     data[i]      block i: block_size + 1 ids as int64. Blocks overlap by one, so each id but the first is a target once
     """
 
-    def __init__(self, path, split="train", block_size=256, verify=False):
-        """verify: hash the token files first. Raises SystemExit with one line on anything missing, damaged or too small."""
+    def __init__(self, path, split="train", block_size=256):
+        """Raises SystemExit with one line on anything missing, of the wrong size or type, or too small."""
         self.path, self.block_size = Path(path), block_size
         self.manifest = read_manifest(self.path)
         self.shards = [shard for shard in self.manifest["shards"] if shard["split"] == split]
-        self.tokens = [self._open(shard, "tokens", verify) for shard in self.shards]
-        self.masks = [self._open(shard, "mask", verify) if "mask" in shard["sha256"] else None for shard in self.shards]
+        self.tokens = [self._open(shard, "tokens") for shard in self.shards]
+        self.masks = [self._open(shard, "mask") if "mask" in shard["sha256"] else None for shard in self.shards]
         # first[k] is the number of shard k's first block
         self.first = np.cumsum([0] + [(len(tokens) - 1) // block_size for tokens in self.tokens])
         if len(self) == 0:
@@ -629,16 +630,39 @@ class TokenData:
                 "give prepare.py more text, or train.py a smaller --block-size"
             )
 
-    def _open(self, shard, kind, verify):
+    def _open(self, shard, kind):
         path = self.path / f"{shard['name']}.{kind}.npy"
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
             damaged = array.shape != (shard["tokens"],) or array.dtype not in ((np.uint8,) if kind == "mask" else (np.uint16, np.uint32))
         except (OSError, ValueError, EOFError):
             damaged = True
-        if damaged or verify and file_sha256(path) != shard["sha256"][kind]:
-            raise SystemExit(f"{path} is missing or damaged: delete {self.path} and run prepare.py again")
+        if damaged:
+            self._refuse(path)
         return array
+
+    def _refuse(self, path):
+        raise SystemExit(f"{path} is missing or damaged: delete {self.path} and run prepare.py again")
+
+    def check_hashes(self, max_bytes=math.inf, seed=0, share=0, shares=1):
+        """Hash the files that are read, or as many as max_bytes hold, drawn by the seed; one process of several takes its share.
+
+        Raises SystemExit with one line that names the first whose sha256 is not the manifest's: what sizes do not show.
+        """
+        files = [(self.path / f"{s['name']}.{kind}.npy", s["sha256"][kind]) for s in self.shards for kind in ("tokens", "mask") if kind in s["sha256"]]
+        random.Random(seed).shuffle(files)
+        sizes = np.cumsum([path.stat().st_size for path, _ in files])
+        for path, sha256 in files[: np.searchsorted(sizes, max_bytes, side="right")][share::shares]:
+            if file_sha256(path) != sha256:
+                self._refuse(path)
+
+    @property
+    def has_masks(self):
+        return any(mask is not None for mask in self.masks)
+
+    def n_targets(self, i):
+        """How many targets of block i count."""
+        return int((self.targets(i) >= 0).sum())
 
     def __len__(self):
         return int(self.first[-1])

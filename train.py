@@ -4,6 +4,7 @@
     python train.py --data data/mine --out out/mine --steps 2000
     python train.py --resume                                    # go on after a stop, with the flags of the run
     torchrun --nproc_per_node 4 train.py --preset small --data data/mine --steps 20000              # 4 GPUs
+    torchrun --nproc_per_node 8 train.py --preset steel-1b --shard ...                                   # a model that one cannot hold
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...   # on both nodes
 
 A run leaves out/RUN/metrics.jsonl and checkpoints like out/RUN/step-00000500. Ctrl-C or SIGTERM finishes the step, saves
@@ -21,6 +22,7 @@ import os
 import platform
 import shutil
 import signal
+import sys
 import sysconfig
 import time
 from dataclasses import asdict, fields, replace
@@ -29,12 +31,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from eval import MAX_TOKENS, evaluate
 from model import CHOICES, PRESETS, Config, Decoder, choose_device, newest_checkpoint, read_tensors
 from prepare import TokenData, prepare, targets_of
 from sample import generate
-from sources import file_sha256, write_atomically
+from sources import write_atomically
 from tokenizer import load_tokenizer
 
 DEFAULT_DATA = "data/default"
@@ -47,8 +50,8 @@ def get_args(argv=None, **defaults):
     add = parser.add_argument
     add("--data", default=DEFAULT_DATA, help="folder made by prepare.py; the default one is made when missing")
     add("--out", default="out/demo", help="run directory")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --out, with that run's flags where none is given")
-    add("--init-from", metavar="PATH", help="start from the weights of a checkpoint or of a run's newest one; the optimizer starts anew")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one, with that run's flags where none is given")
+    add("--init-from", metavar="PATH", help="start from these weights, of a checkpoint, a run or a Hugging Face folder; their shape is the model's")
     add("--seed", type=int, default=0, help="of the initialisation and of the order of the data")
     # How long, how much at a time
     length = parser.add_mutually_exclusive_group()
@@ -75,7 +78,8 @@ def get_args(argv=None, **defaults):
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; by default where a compiler is found")
     add("--exact", action="store_true", help="the same bits at 1, 2, 4, ... processes, for a little memory")
-    add("--verify", action="store_true", help="hash every shard before training on it")
+    add("--shard", action=argparse.BooleanOptionalAction, default=False, help="cut parameters, gradients and optimizer over the processes (FSDP2)")
+    add("--verify", action="store_true", help="hash all shards of the data at the start, not only 1 GB of them")
     # Model
     add("--reset-at-eos", action=argparse.BooleanOptionalAction, default=False, help="no reading back over an end of document")
     add("--preset", choices=PRESETS, default="demo", help="the model; any of its fields can be set by a flag of its own")
@@ -86,6 +90,8 @@ def get_args(argv=None, **defaults):
         add("--" + field.name.replace("_", "-"), choices=CHOICES.get(field.name), default=argparse.SUPPRESS, **kind)
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
+    if args.shard and args.exact:
+        parser.error("--exact sums whole gradients: leave --shard out")
     for names, low in (
         ("steps micro_batch batch_tokens eval_tokens log_every keep", 1),
         ("minutes", 0.01),
@@ -168,6 +174,48 @@ def batch_at(data, phases, seed, first, count):
     return tuple(torch.from_numpy(np.stack(rows)) for rows in ([data[i][:-1] for i in blocks], [targets_of(data, i) for i in blocks]))
 
 
+def targets_at(data, phases, seed, first, count):
+    """How many targets these samples have: all tokens of a text, of a chat what the assistant says."""
+    if not data.has_masks:
+        return count * data.block_size
+    return sum(data.n_targets(block_at(i, phases, seed)) for i in range(first, first + count))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sharding (FSDP2). A cut parameter is a DTensor: a share on every rank, of which all ranks together make the whole
+
+
+def shard(model, device, world):
+    """Cut every parameter over the ranks; a block's are put together while it is at work, the rest of the model's throughout a step."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+
+    def cut(p):  # where it divides evenly, between matrices sooner than through them: Muon needs whole ones
+        return Shard(next((dim for dim, size in enumerate(p.shape) if size % world == 0), 0))
+
+    mesh = init_device_mesh(device, (world,))
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh, shard_placement_fn=cut)
+
+
+def own_share(whole, like):
+    """What this rank holds of a tensor that all ranks have whole, cut as `like` is; the tensor itself if `like` is not cut."""
+    if not isinstance(like, DTensor) or whole.shape != like.shape:  # AdamW's step count is one number
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def gathered(value, rank):
+    """A state dict with its cut tensors put together, one at a time, in the memory of rank 0; all ranks must call it."""
+    if isinstance(value, DTensor):
+        whole = value.full_tensor()
+        return whole.cpu() if rank == 0 else None
+    if isinstance(value, dict):
+        return {key: gathered(part, rank) for key, part in value.items()}
+    return [gathered(part, rank) for part in value] if isinstance(value, list) else value
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Optimizer
 
@@ -195,11 +243,24 @@ class Muon(torch.optim.Optimizer):
                         self.state[p]["momentum"] = torch.zeros_like(p)
                     momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
                     nesterov = p.grad.lerp(momentum, group["momentum"])
-                    updates.append(nesterov.view(-1, *p.shape[-2:]))
+                    updates.append(whole_matrices(nesterov).reshape(-1, *p.shape[-2:]))
                 updates = orthogonalized(torch.cat(updates)).split([len(u) for u in updates])
                 rate = group["lr"] * 0.2 * max(params[0].shape[-2:]) ** 0.5
                 for p, update in zip(params, updates):
+                    if isinstance(p, DTensor):
+                        update = own_share(update.view(p.shape), p).to_local() if cut_through(p) else update
+                        p = p.to_local()
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-rate)
+
+
+def cut_through(p):
+    """Whether a cut parameter's matrices are themselves cut, so that a rank holds parts of them."""
+    return p.placements[0].dim >= p.ndim - 2
+
+
+def whole_matrices(x):
+    """Of a cut tensor the matrices of this rank, put together from all ranks if they are cut through."""
+    return x if not isinstance(x, DTensor) else x.full_tensor() if cut_through(x) else x.to_local()
 
 
 def orthogonalized(x, steps=5):
@@ -298,14 +359,15 @@ def is_bad(loss, norm, recent):
 # Checkpoints
 
 
-def save_checkpoint(run, state, model, optimizers, tokenizer_file, args):
+def save_checkpoint(final, state, weights, optimizer_states, tokenizer_file, args):
     """Write the checkpoint of a step under a temporary name, flush it to the disk, rename it; then remove old ones."""
-    final = run / f"step-{state['step']:08d}"
-    temporary = run / f".{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    run, temporary = final.parent, final.with_name("." + final.name)
+    for path in run.glob(".step-*"):  # of a run that was killed while it saved
+        shutil.rmtree(path)
     temporary.mkdir(parents=True)
-    torch.save(model.state_dict(), temporary / "model.pt")
-    torch.save([optimizer.state_dict() for optimizer in optimizers], temporary / "optimizer.pt")
+    for name, tensors in (("model.pt", weights), ("optimizer.pt", optimizer_states)):
+        with open(temporary / name, "wb") as file:
+            torch.save(tensors, file)
     shutil.copyfile(tokenizer_file, temporary / tokenizer_file.name)
     (temporary / "state.json").write_text(json.dumps(state, indent=1, ensure_ascii=False), encoding="utf-8")
     hashes = {}
@@ -323,32 +385,28 @@ def save_checkpoint(run, state, model, optimizers, tokenizer_file, args):
     descriptor = os.open(run, os.O_RDONLY)  # the rename itself must reach the disk before an older checkpoint goes
     os.fsync(descriptor)
     os.close(descriptor)
-    for path in sorted(run.glob("step-*"))[: -args.keep]:
+    # A later one is here only if it was passed over as damaged: it does not count, and the run will come by and replace it.
+    for path in sorted(path for path in run.glob("step-*") if path.name <= final.name)[: -args.keep]:
         if not args.keep_every or int(path.name[5:]) % args.keep_every:
             shutil.rmtree(path)
-    return final
 
 
 def open_metrics(path, step):
-    """The metrics file, opened for appending after a step: what an earlier run wrote beyond it goes."""
+    """The metrics file, opened for appending after a step, and the last step it has been evaluated at; what was written beyond goes."""
+    kept, evaluated = [], 0
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_atomically(path, "".join(line + "\n" for line in kept).encode("utf-8"))
-    return open(path, "a", encoding="utf-8")
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.endswith("}") and (values := json.loads(line))["step"] <= step:
+                kept.append(line + "\n")
+                evaluated = values["step"] if "val_loss" in values else evaluated
+        write_atomically(path, "".join(kept).encode("utf-8"))
+    return open(path, "a", encoding="utf-8"), evaluated
 
 
-def weights_for(config, tokenizer, path):
-    """The weights of another run's checkpoint, if they are of this model and this tokenizer. Its context may have been another."""
-    other = Decoder.load(path)
-    free = {"block_size": config.block_size, "reset_id": config.reset_id}
-    now, then = asdict(config), asdict(replace(other.config, **free))
-    if now != then:
-        changed = ", ".join(f"{key} {then[key]}, not {now[key]}" for key in now if now[key] != then[key])
-        raise SystemExit(f"--init-from {other.checkpoint}: another model ({changed}): give its flags")
-    if file_sha256(load_tokenizer(other.checkpoint).path) != file_sha256(tokenizer.path):
-        raise SystemExit(f"--init-from {other.checkpoint}: another tokenizer: prepare the data with --tokenizer {other.checkpoint}")
-    return other.state_dict()
+def difference(then, now):
+    """What differs between two configurations, in words."""
+    then, now = asdict(then), asdict(now)
+    return ", ".join(f"{key} {then[key]} -> {now[key]}" for key in now if now[key] != then[key])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -397,17 +455,29 @@ def main(argv=None):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    elif args.shard:
+        raise SystemExit("--shard cuts the model over processes: torchrun --nproc_per_node N train.py --shard ...")
+
+    def from_rank_0(number):
+        """A number as rank 0 has it, on all ranks."""
+        if world == 1:
+            return number
+        tensor = torch.tensor(number, device=device)
+        dist.broadcast(tensor, 0)
+        return tensor.item()
 
     # Run directory: a new one, or the newest checkpoint and the flags it was started with
     run, checkpoint, state = Path(args.out), None, None
-    if args.resume:
+    if args.resume and not any(run.glob("step-*")):
+        say(f"no checkpoint in {run} yet: from the beginning")
+    elif args.resume:
         checkpoint = newest_checkpoint(run)
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         saved = state["args"] | ({"steps": None, "minutes": None} if args.steps or args.minutes else {})
         args = get_args(argv, **saved)
-        for name in ("seed", "optimizer"):
+        for name in ("seed", "optimizer", "preset", "init_from"):
             if getattr(args, name) != saved[name]:
-                raise SystemExit(f"--resume: the run began with --{name} {saved[name]}: leave the flag out, or change --out")
+                raise SystemExit(f"--resume: the run began with --{name.replace('_', '-')} {saved[name]}: leave the flag out, or change --out")
     elif any(run.glob("step-*")):
         raise SystemExit(f"{run} has checkpoints: --resume goes on from them, another --out starts anew")
     if args.steps is None and args.minutes is None:
@@ -420,15 +490,44 @@ def main(argv=None):
         dist.barrier()
     if not Path(args.data, "manifest.json").exists():
         raise SystemExit(f"no data in {args.data}: python prepare.py FILE_OR_DIR --out {args.data}")
+    for what, own in (
+        ("flags", vars(args)),
+        ("data", Path(args.data, "manifest.json").read_text(encoding="utf-8")),
+        ("checkpoint", checkpoint and (checkpoint / "sha256.json").read_text(encoding="utf-8")),
+    ):  # nodes may have been started with other flags, or see other disks
+        digest = int.from_bytes(hashlib.sha256(json.dumps(own).encode()).digest()[:7])
+        if from_rank_0(digest) != digest:
+            raise SystemExit(f"rank {rank} on {platform.node()} has other {what} than rank 0: start all nodes alike, on one shared disk")
     tokenizer = load_tokenizer(args.data)
+
+    # Model: the checkpoint's, or of the shape of the weights to begin with, or a preset's; and the flags
+    torch.manual_seed(args.seed)
+    origin = Decoder.load(args.init_from) if args.init_from and not checkpoint else None
+    base = Config(**state["config"]) if checkpoint else origin.config if origin else PRESETS[args.preset]
+    if origin and load_tokenizer(origin.checkpoint).token_bytes != tokenizer.token_bytes:
+        raise SystemExit(f"--init-from {origin.checkpoint}: another tokenizer: prepare the data with --tokenizer {origin.checkpoint}")
     given = {field.name: getattr(args, field.name) for field in fields(Config) if hasattr(args, field.name)}
-    reset_id = tokenizer.eos_id if args.reset_at_eos else -1
-    config = replace(PRESETS[args.preset], vocab_size=tokenizer.embedding_rows, reset_id=reset_id, **given)
-    data, val = (TokenData(args.data, split, config.block_size, args.verify) for split in ("train", "val"))
-    shards = {shard["sha256"]["tokens"]: shard["name"] for shard in data.shards}
+    given["reset_id"] = tokenizer.eos_id if args.reset_at_eos else -1
+    config = replace(base, **given, **({} if checkpoint or origin else {"vocab_size": tokenizer.embedding_rows}))
+    if checkpoint and config != base:
+        raise SystemExit(f"--resume: the model is another one than in {checkpoint} ({difference(base, config)}): change --out")
+    free = {"block_size": config.block_size, "reset_id": config.reset_id}  # what weights do not depend on
+    if origin and config != replace(base, **free):
+        raise SystemExit(f"--init-from {origin.checkpoint}: the flags say another model ({difference(replace(base, **free), config)})")
+    model = Decoder(config)
+    if checkpoint:
+        model.load_state_dict(read_tensors(checkpoint / "model.pt"))
+    elif origin:
+        model.load_state_dict(origin.state_dict())
+        del origin
+    T, B = config.block_size, args.micro_batch
+    n_params, flops, peak = model.n_params(), model.flops_per_token(T), peak_flops(device)
 
     # Breakdown of a step
-    T, B = config.block_size, args.micro_batch
+    data, val = (TokenData(args.data, split, T) for split in ("train", "val"))
+    local = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    for split in (data, val):  # each process of a node takes a share
+        split.check_hashes(math.inf if args.verify else 1 << 30, state["step"] if state else 0, *local)
     args.batch_tokens = args.batch_tokens or B * T * world
     n_micro, rest = divmod(args.batch_tokens, B * T * world)
     if rest:
@@ -438,127 +537,170 @@ def main(argv=None):
         raise SystemExit(f"--exact sums in pairs: {world} processes are not a power of two")
     batch = n_micro * B * world  # sequences of a step; rank r takes the r-th equal share of them
 
-    # Model and optimizers
-    torch.manual_seed(args.seed)
-    model = Decoder(config)
-    if args.init_from and not checkpoint:
-        model.load_state_dict(weights_for(config, tokenizer, args.init_from))
-    model.to(device)
-    optimizers = make_optimizers(model, args)
-    step, phases, seconds, skipped, in_a_row, recent = 0, [[len(data), 0]], 0.0, 0, 0, []
+    # Machine
     compiled = can_compile(device) if args.compile is None else args.compile
-    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "world": world, "compile": compiled,
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "world": world, "shard": args.shard, "compile": compiled,
                "device": device, "cpu": platform.machine()}  # fmt: skip
+    if compiled:
+        for block in model.blocks:  # one block's code serves all: the time to compile does not grow with depth
+            block.compile()
+    if args.shard:
+        shard(model, device, world)
+    model.to(device)
+    params = list(model.parameters())
+    optimizers = make_optimizers(model, args)
+
+    # State of the run
+    step, phases, seconds, skipped, in_a_row, recent = 0, [[len(data), 0]], 0.0, 0, 0, []
+    shards = {part["sha256"]["tokens"]: part["name"] for part in data.shards}
     if checkpoint:
-        if state["config"] != asdict(config):
-            changed = [f"{k} {v} -> {asdict(config)[k]}" for k, v in state["config"].items() if asdict(config)[k] != v]
-            raise SystemExit(f"--resume: the model is another one than in {checkpoint} ({', '.join(changed)}): change --out")
         for sha256, name in state["shards"].items():
             if shards.get(sha256) != name:
                 raise SystemExit(f"--resume: {checkpoint} was trained on shard {name}, which {args.data} has lost or changed: bring it back")
         if state["machine"] != machine:
             say(f"note: was {state['machine']}, is {machine}: goes on, but not to the same bits")
-        model.load_state_dict(read_tensors(checkpoint / "model.pt", device))
-        for optimizer, saved in zip(optimizers, read_tensors(checkpoint / "optimizer.pt", device), strict=True):
-            groups = optimizer.state_dict()["param_groups"]  # of the flags now, not of those then
-            optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+        for optimizer, saved in zip(optimizers, read_tensors(checkpoint / "optimizer.pt"), strict=True):
+            own = optimizer.state_dict()["param_groups"]  # of the flags now, not of those then
+            order = [p for group in optimizer.param_groups for p in group["params"]]
+            tensors = {i: {key: own_share(value, order[i]) for key, value in values.items()} for i, values in saved["state"].items()}
+            optimizer.load_state_dict({"state": tensors, "param_groups": own})
         step, phases, seconds, skipped, in_a_row, recent = (
             state[key] for key in ("step", "phases", "seconds", "skipped", "in_a_row", "recent")
         )
         if len(data) > phases[-1][0]:
             say(f"{len(data) - phases[-1][0]:,} new blocks, mixed with the {unserved(phases):,} that this pass has not served yet")
             phases.append([len(data), 0])
-    if compiled:
-        for block in model.blocks:  # one block's code serves all: the time to compile does not grow with depth
-            block.compile()
-    params = list(model.parameters())
-    flops, peak = model.flops_per_token(T), peak_flops(device)
+    run.mkdir(parents=True, exist_ok=True)
+    metrics, evaluated = open_metrics(run / "metrics.jsonl", step) if rank == 0 else (None, 0)
+    evaluated = from_rank_0(evaluated)
+
     say("  ".join(f"{k}={v}" for k, v in asdict(config).items()))
     say("  ".join(f"{k}={v}" for k, v in vars(args).items()))
-    say(f"{model.n_params():,} parameters, {flops / 1e6:.1f} MFLOP a token; {machine}")
+    say(f"{n_params:,} parameters, {flops / 1e6:.1f} MFLOP a token; {machine}")
     say(f"a step: {args.batch_tokens:,} tokens = micro-batch {B} x block {T} x {n_micro} micro-batches x {world} ranks")
     say(f"an epoch: {len(data):,} blocks = {len(data) * T:,} tokens = {len(data) / batch:.1f} steps")
-
     if config.reads_ahead:
         say('warning: dispatch = "sequence" reads the tokens that it is to predict: its losses mean nothing')
 
     stop_asked = stop = False  # asked of this process; agreed by all
+    compiling = compiled
 
     def ask_to_stop(signum, frame):
         nonlocal stop_asked
         stop_asked = True
+        if compiling:  # that can take a minute, and there is nothing new to save
+            say(f"stopped before a first step; python train.py --resume --out {run} goes on")
+            os._exit(0)
 
     signal.signal(signal.SIGINT, ask_to_stop)
     signal.signal(signal.SIGTERM, ask_to_stop)
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda")
-    run.mkdir(parents=True, exist_ok=True)
-    metrics = open_metrics(run / "metrics.jsonl", step) if rank == 0 else None
 
     def record(**values):
-        if metrics:
-            metrics.write(json.dumps(values) + "\n")
-            metrics.flush()
+        if rank == 0:
+            numbers = {key: value if math.isfinite(value) else None for key, value in values.items()}  # JSON knows no NaN
+            try:
+                metrics.write(json.dumps(numbers) + "\n")
+                metrics.flush()
+            except OSError as error:  # what could not be written stays in the buffer until the next time
+                say(f"{run / 'metrics.jsonl'}: {error.strerror}: make room; the run goes on")
 
     def progress():
         return min(1.0, step / args.steps if args.steps else seconds / (60 * args.minutes))
 
-    def micro_loss(micro):
-        """The share of a micro-batch of this rank in the mean loss of the step."""
-        first = phases[-1][1] + (rank * n_micro + micro) * B
-        ids, targets = (a.to(device, non_blocking=True) for a in batch_at(data, phases, args.seed, first, B))
-        with autocast:
-            return model(ids, targets) / (n_micro * world)
+    def gradients():
+        """Those of a step, summed over its micro-batches and all ranks -> its loss, the mean over all its targets."""
+        total = targets_at(data, phases, args.seed, phases[-1][1], batch)
 
-    def tokens_seen():
-        return sum(served for _, served in phases) * T
+        def micro_loss(micro):
+            first = phases[-1][1] + (rank * n_micro + micro) * B
+            ids, targets = batch_at(data, phases, args.seed, first, B)
+            share = int((targets >= 0).sum()) / max(1, total)
+            with autocast:
+                return model(ids.to(device, non_blocking=True), targets.to(device, non_blocking=True)) * share
+
+        if args.exact:
+            return exact_gradients(micro_loss, params, n_micro, rank, world)
+        loss = torch.zeros((), device=device)
+        for micro in range(n_micro):
+            own = micro_loss(micro)
+            (own * world if args.shard else own).backward()  # FSDP takes the mean over the ranks
+            loss += own.detach()
+        if world > 1:
+            # Gradients are summed one by one in a fixed order, not in DDP's buckets, which it rearranges after the first
+            # step: with them a resumed run would not add up to the same bits.
+            sums = [loss] if args.shard else [p.grad for p in params] + [loss]
+            for work in [dist.all_reduce(a, async_op=True) for a in sums]:
+                work.wait()
+        return loss
 
     def save():
-        if rank == 0:
-            values = {"step": step, "phases": phases, "seconds": seconds, "skipped": skipped, "in_a_row": in_a_row,
-                      "recent": recent, "config": asdict(config), "args": vars(args) | {"resume": False}, "shards": shards, "machine": machine}  # fmt: skip
-            save_checkpoint(run, values, model, optimizers, tokenizer.path, args)
+        """All ranks take part; whether rank 0 could write it. If not, the checkpoints before are as they were."""
+        tensors = gathered([model.state_dict(), [optimizer.state_dict() for optimizer in optimizers]], rank)
+        return from_rank_0(rank == 0 and write(*tensors))
+
+    def write(weights, optimizer_states):
+        values = {"step": step, "phases": phases, "seconds": seconds, "skipped": skipped, "in_a_row": in_a_row, "recent": recent,
+                  "config": asdict(config), "args": vars(args) | {"resume": False}, "shards": shards, "machine": machine}  # fmt: skip
+        final = run / f"step-{step:08d}"
+        try:
+            os.fsync(metrics.fileno())
+            save_checkpoint(final, values, weights, optimizer_states, tokenizer.path, args)
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(final.with_name("." + final.name), ignore_errors=True)
+            reason = error if isinstance(error, OSError) else error.__context__ or error  # torch.save hides the error of a full disk
+            print(f"{final} could not be saved ({getattr(reason, 'strerror', reason)}): make room; the checkpoints before it are whole", file=sys.stderr, flush=True)
+            return False
+        return True
+
+    def stopping():
+        """Whether any rank was asked to stop; all ranks ask at once."""
+        asked = torch.tensor(float(stop_asked), device=device)
+        if world > 1:
+            dist.all_reduce(asked)
+        return asked.item() > 0
 
     # Compiled code would be made anew for every length of text, so what happens now and then runs without it.
     @torch.compiler.set_stance("force_eager")
     def score(max_tokens):
-        result = evaluate(model, val, tokenizer.token_bytes, device, max_tokens=max_tokens, rank=rank, world=world)
+        """The loss on held-out text, noted and shown with a sample; None if a signal came."""
+        nonlocal evaluated
+        result = evaluate(model, val, tokenizer.token_bytes, device, max_tokens=max_tokens, rank=rank, world=world, stopping=stopping)
+        if result is None:
+            return None
         say(f"step {step:>5} | val loss {result['loss']:.4f} | val bpb {result['bpb']:.4f} | {result['tokens']:,} tokens")
-        record(step=step, val_loss=result["loss"], val_bpb=result["bpb"])
-        return result
-
-    @torch.compiler.set_stance("force_eager")
-    def show_sample():
-        if rank == 0:
+        if evaluated < step:
+            record(step=step, val_loss=result["loss"], val_bpb=result["bpb"])
+            evaluated = step
+        if rank == 0 or args.shard:  # a cut model works on all ranks or on none
             start = val[0][:8].tolist()
             generator = torch.Generator(device).manual_seed(step)
             new = generate(model, torch.tensor([start], device=device), 64, tokenizer.vocab_size, 0.8, 0, 0.95, generator)
             text = tokenizer.decode(start) + " | " + tokenizer.decode([i.item() for i in new])
             say("    " + text.replace("\n", " "))
+        return result
 
     if compiled:
         say("compiling: the first step takes up to a minute")
     bytes_per_token = sum(s["bytes"] for s in data.shards) / sum(s["tokens"] for s in data.shards)
-    last_saved = step if checkpoint else None
+    last_saved, saved = step if checkpoint else None, True
     while progress() < 1 and not stop:
+        if args.eval_every and step % args.eval_every == 0 and step > evaluated and score(args.eval_tokens) is None:
+            break
         start = time.perf_counter()
         factor = lr_factor(step, progress(), args)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * group["scale"] * factor
-        if args.exact:
-            loss = exact_gradients(micro_loss, params, n_micro, rank, world)
-        else:
-            loss = torch.zeros((), device=device)
-            for micro in range(n_micro):
-                own = micro_loss(micro)
-                own.backward()
-                loss += own.detach()
-        if world > 1 and not args.exact:
-            # Gradients are summed one by one in a fixed order, not in DDP's buckets, which it rearranges after the first
-            # step: with them a resumed run would not add up to the same bits.
-            for work in [dist.all_reduce(p.grad, async_op=True) for p in params] + [dist.all_reduce(loss, async_op=True)]:
-                work.wait()
+        try:
+            loss = gradients()
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            less = f"--micro-batch {B // 2} --batch-tokens {args.batch_tokens}" if B > 1 else "--shard, or a smaller --block-size"
+            raise SystemExit(f"out of memory with --micro-batch {B}: halve it; the results do not change with {less}")
         norm = torch.nn.utils.clip_grad_norm_(params, args.clip or math.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         loss, norm = torch.stack([loss, norm]).tolist()  # the same on all ranks, so that all skip or none does
         if is_bad(loss, norm, recent):
             skipped, in_a_row = skipped + 1, in_a_row + 1
@@ -568,7 +710,7 @@ def main(argv=None):
                 optimizer.step()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        took, stop = time.perf_counter() - start, stop_asked
+        took, stop, compiling = time.perf_counter() - start, stop_asked, False
         if world > 1:  # all ranks must agree on the clock and on stopping
             agreed = torch.tensor([took if rank == 0 else 0.0, float(stop)], dtype=torch.float64, device=device)
             dist.all_reduce(agreed)
@@ -584,33 +726,31 @@ def main(argv=None):
             speed = f"{1000 * took:4.0f} ms | {args.batch_tokens / took / 1000:.2f}k tok/s{mfu} | eta {eta / 60:.0f}m"
             say(f"step {step:>5}/{total:<5} {100 * done:5.1f}% | loss {loss:.4f} | bpb {bpb:.3f} | "
                 f"lr {args.lr * factor:.1e} | norm {norm:.2f} | {speed}" + (f" | skipped {skipped}" if skipped else ""))  # fmt: skip
-            record(step=step, loss=loss, bpb=bpb, lr=args.lr * factor, norm=norm, ms=1000 * took,
-                   tokens_per_second=args.batch_tokens / took, tokens=tokens_seen(), seconds=seconds, skipped=skipped)  # fmt: skip
+            record(step=step, loss=loss, bpb=bpb, lr=args.lr * factor, norm=norm, ms=1000 * took, seconds=seconds, skipped=skipped,
+                   tokens_per_second=args.batch_tokens / took, tokens=sum(served for _, served in phases) * T)  # fmt: skip
         if in_a_row == MAX_SKIPPED:
             good = sorted(run.glob("step-*"))[-1:] or ["none"]
             message = f"{MAX_SKIPPED} steps in a row had a loss or a gradient that cannot be right: the run ends at step {step}. The last good checkpoint "
             raise SystemExit(f"{message}is {good[0]}: go on from there with a smaller --lr, or look at the data" if rank == 0 else 1)
         if args.save_every and step % args.save_every == 0 and not in_a_row:
-            save()
-            last_saved = step
-        if args.eval_every and step % args.eval_every == 0 and progress() < 1 and not stop:
-            score(args.eval_tokens)
-            show_sample()
+            last_saved, saved = step, save()
 
-    if last_saved != step:
-        save()
-    if stop:
-        say(f"stopped at step {step}; python train.py --resume --out {run} goes on")
-    else:
-        result = score(MAX_TOKENS)
-        show_sample()
-        loss, bpb = result["loss"], result["bpb"]
-        say(f"done: step {step}, val loss {loss:.4f}, val bpb {bpb:.4f}, tokens {tokens_seen()}, {seconds:.0f} s")
+    if last_saved != step or not saved:
+        saved = save()
+    result = None if progress() < 1 else score(MAX_TOKENS)
+    if result:
+        loss, bpb, tokens = result["loss"], result["bpb"], sum(served for _, served in phases) * T
+        say(f"done: step {step}, val loss {loss:.4f}, val bpb {bpb:.4f}, tokens {tokens}, {seconds:.0f} s")
         say(f"next: python sample.py {run}    python eval.py {run}")
+    else:
+        say(f"stopped at step {step}; python train.py --resume --out {run} goes on")
     if world > 1:
         dist.barrier()  # a rank that leaves while another is still at work can abort at its exit
         dist.destroy_process_group()
+    if not saved:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before the first step ends it without a traceback
     main()

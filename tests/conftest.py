@@ -21,6 +21,10 @@ TINY = ("--n-layer 2 --d-model 32 --n-head 2 --n-kv-head 1 --n-expert 3 --block-
         "--batch-tokens 256 --eval-tokens 256 --log-every 1 --no-compile").split()  # fmt: skip
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=3, help="how often the run of test_train.py that is killed is killed")
+
+
 def run(*command, cwd=ROOT, **environment):
     """Run a command of the repository as a user would; the result has its output as text."""
     return subprocess.run(

