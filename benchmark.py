@@ -16,17 +16,21 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import clean
 from model import Config, Decoder, Dense, SoftMoE, place_tokens
 from prepare import NEAR_DUPLICATE, clean_part, outcomes_of
 from sources import fetch, fetch_qwen, file_parts, read_newspaper
 from tokenizer import load_tokenizer
-from train import can_compile, keep_large_buffers
+from train import can_compile, cut_dim, keep_large_buffers, make_optimizers
 
 TOKENS = 4096  # in one forward pass, at any length of text
 
@@ -91,6 +95,58 @@ def peak_memory(step):
         step()
     changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(itertools.accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())))
+
+
+class LiveTensors(TorchDispatchMode):
+    """How many bytes the tensors hold that are made while it is on: now, and at most. Those that were there before do not count."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.sizes, self.now, self.most = {tensor.untyped_storage()._cdata: 0 for tensor in before}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for storage in (part.untyped_storage() for part in tree_leaves(out) if isinstance(part, torch.Tensor)):
+            if storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.free, storage._cdata)
+        return out
+
+    def free(self, key):
+        self.now -= self.sizes.pop(key)
+
+
+def print_plan(config, args, mfu=0.4, tera=312):
+    """train.py --dry-run: what a step of one micro-batch holds on each GPU. Computed from shapes, without data and without memory."""
+    B, T = args.micro_batch, config.block_size
+    with FakeTensorMode():
+        model = Decoder(config)
+        for block in model.blocks:
+            block.recompute = args.recompute
+        # As autocast and FSDP have them on CUDA
+        rounded = {name: p.detach().bfloat16().requires_grad_() for name, p in model.blocks.named_parameters("blocks")}
+        ids, live = torch.randint(config.vocab_size, (B, T + 1)), LiveTensors([*model.parameters(), *rounded.values()])
+        with live, torch.autocast("cpu", torch.bfloat16):
+            torch.func.functional_call(model, rounded, (ids[:, :-1], ids[:, 1:]))
+        muon = make_optimizers(model, args)[0] if args.optimizer == "muon" else None
+        by_muon = {id(p) for group in muon.param_groups for p in group["params"]} if muon else set()
+    activations = live.most - 4 * model.head_weight.numel()  # the head's gradient is made in forward; all gradients are counted below
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    others, flops = model.n_params() - sum(blocks), model.flops_per_token(T)
+    print(f"{model.n_params():,} parameters, {flops / 1e9:.2f} GFLOP a token. Computed from shapes; nothing was run on a GPU.")
+    print(f"A parameter takes 4 bytes, its gradient 4, its state 4 (Muon) or 8 (AdamW); what else a micro-batch of {B} x {T} tokens needs: {activations / 1e9:.1f} GB.")
+    print(f"GPUs   GB on each   with --shard   tokens/s at {mfu:.0%} of {tera} TFLOP/s")
+    for world in (1, 2, 4, 8, 16, 32, 64):
+        held = lambda p, n: n * (12 if id(p) in by_muon else 16)
+        whole = sum(held(p, p.numel()) for p in model.parameters())
+        share = sum(held(p, p.numel() // p.shape[d] * -(-p.shape[d] // world)) for p in model.parameters() for d in [cut_dim(p, world)])
+        copies = 2 * (max(blocks) if args.recompute else sum(blocks))  # in bf16, by autocast
+        # Put together at one time: embedding, head and their gradients; in bf16 a block at work, the next one, and a gradient, which is summed in fp32.
+        together = 8 * others + (2 + 2 + 2 + 4) * max(blocks)
+        plain, cut = whole + copies + activations, share + together + activations
+        print(f"{world:>4}{plain / 1e9:>13.1f}{f'{cut / 1e9:.1f}' if world > 1 else '':>15}{mfu * tera * 1e12 * world / flops:>18,.0f}")
 
 
 def benchmark_layer(args):

@@ -397,15 +397,27 @@ def cross_entropy(hidden, weight, targets, chunk=1024):
 # Decoder
 
 
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):  # of a block that FSDP puts together in bf16, the weight is: torch has no fast path for two dtypes
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Block(nn.Module):
+    recompute = False  # whether to keep only x for backward, and make all else again there
+
     def __init__(self, config):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.attention = Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.ffn_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.ffn = SoftMoE(config) if config.ffn == "soft_moe" else Dense(config)
 
     def forward(self, x, place, cache, layer):
+        if self.recompute and torch.is_grad_enabled():
+            return recomputed(self.run, x, place, cache, layer, use_reentrant=False, preserve_rng_state=False)
+        return self.run(x, place, cache, layer)
+
+    def run(self, x, place, cache, layer):
         x = x + self.attention(self.attention_norm(x), place, cache, layer)
         return x + self.ffn(self.ffn_norm(x), place, cache, layer)
 
@@ -416,7 +428,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
         if not config.tie_embeddings:
             self.head = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.init_weights()

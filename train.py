@@ -31,7 +31,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from eval import MAX_TOKENS, evaluate
 from model import CHOICES, PRESETS, Config, Decoder, choose_device, newest_checkpoint, read_tensors
@@ -79,7 +78,9 @@ def get_args(argv=None, **defaults):
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; by default where a compiler is found")
     add("--exact", action="store_true", help="the same bits at 1, 2, 4, ... processes, for a little memory")
     add("--shard", action=argparse.BooleanOptionalAction, default=False, help="cut parameters, gradients and optimizer over the processes (FSDP2)")
+    add("--recompute", action="store_true", help="keep of each block only its input, and run it again in backward: less memory, more time")
     add("--verify", action="store_true", help="hash all shards of the data at the start, not only 1 GB of them")
+    add("--dry-run", action="store_true", help="print what the model needs on how many GPUs, and end")
     # Model
     add("--reset-at-eos", action=argparse.BooleanOptionalAction, default=False, help="no reading back over an end of document")
     add("--preset", choices=PRESETS, default="demo", help="the model; any of its fields can be set by a flag of its own")
@@ -188,27 +189,39 @@ def targets_at(data, phases, seed, first, count):
 def shard(model, device, world):
     """Cut every parameter over the ranks; a block's are put together while it is at work, the rest of the model's throughout a step."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import Shard
 
-    def cut(p):  # where it divides evenly, between matrices sooner than through them: Muon needs whole ones
-        return Shard(next((dim for dim, size in enumerate(p.shape) if size % world == 0), 0))
+    mesh, cut = init_device_mesh(device, (world,)), lambda p: Shard(cut_dim(p, world))
+    # On CUDA a block's weights come in bf16: those that autocast makes of fp32 ones would be kept, whole, until backward.
+    bf16 = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)} if device == "cuda" else {}
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, shard_placement_fn=cut, **bf16)
+    fully_shard(model, mesh=mesh, shard_placement_fn=cut)
 
-    mesh = init_device_mesh(device, (world,))
-    for part in (*model.blocks, model):
-        fully_shard(part, mesh=mesh, shard_placement_fn=cut)
+
+def cut_dim(p, world):
+    """Where to cut a parameter: in even shares, and between matrices sooner than through them, as Muon needs them whole."""
+    return next((dim for dim, size in enumerate(p.shape) if size % world == 0), 0)
+
+
+def is_cut(x):
+    """Whether a tensor is a DTensor. (To import the class for asking takes a second, which a run on one process does not need.)"""
+    return hasattr(x, "placements")
 
 
 def own_share(whole, like):
     """What this rank holds of a tensor that all ranks have whole, cut as `like` is; the tensor itself if `like` is not cut."""
-    if not isinstance(like, DTensor) or whole.shape != like.shape:  # AdamW's step count is one number
+    if not is_cut(like) or whole.shape != like.shape:  # AdamW's step count is one number
         return whole
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def gathered(value, rank):
     """A state dict with its cut tensors put together, one at a time, in the memory of rank 0; all ranks must call it."""
-    if isinstance(value, DTensor):
+    if is_cut(value):
         whole = value.full_tensor()
         return whole.cpu() if rank == 0 else None
     if isinstance(value, dict):
@@ -247,7 +260,7 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonalized(torch.cat(updates)).split([len(u) for u in updates])
                 rate = group["lr"] * 0.2 * max(params[0].shape[-2:]) ** 0.5
                 for p, update in zip(params, updates):
-                    if isinstance(p, DTensor):
+                    if is_cut(p):
                         update = own_share(update.view(p.shape), p).to_local() if cut_through(p) else update
                         p = p.to_local()
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-rate)
@@ -260,7 +273,7 @@ def cut_through(p):
 
 def whole_matrices(x):
     """Of a cut tensor the matrices of this rank, put together from all ranks if they are cut through."""
-    return x if not isinstance(x, DTensor) else x.full_tensor() if cut_through(x) else x.to_local()
+    return x if not is_cut(x) else x.full_tensor() if cut_through(x) else x.to_local()
 
 
 def orthogonalized(x, steps=5):
@@ -444,8 +457,17 @@ def can_compile(device):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def given_fields(args):
+    """The fields of Config that were set by flags."""
+    return {field.name: getattr(args, field.name) for field in fields(Config) if hasattr(args, field.name)}
+
+
 def main(argv=None):
     args = get_args(argv)
+    if args.dry_run:
+        from benchmark import print_plan
+
+        return print_plan(replace(PRESETS[args.preset], **given_fields(args)), args)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(args.device)
     say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
@@ -506,8 +528,7 @@ def main(argv=None):
     base = Config(**state["config"]) if checkpoint else origin.config if origin else PRESETS[args.preset]
     if origin and load_tokenizer(origin.checkpoint).token_bytes != tokenizer.token_bytes:
         raise SystemExit(f"--init-from {origin.checkpoint}: another tokenizer: prepare the data with --tokenizer {origin.checkpoint}")
-    given = {field.name: getattr(args, field.name) for field in fields(Config) if hasattr(args, field.name)}
-    given["reset_id"] = tokenizer.eos_id if args.reset_at_eos else -1
+    given = given_fields(args) | {"reset_id": tokenizer.eos_id if args.reset_at_eos else -1}
     config = replace(base, **given, **({} if checkpoint or origin else {"vocab_size": tokenizer.embedding_rows}))
     if checkpoint and config != base:
         raise SystemExit(f"--resume: the model is another one than in {checkpoint} ({difference(base, config)}): change --out")
@@ -541,6 +562,8 @@ def main(argv=None):
     compiled = can_compile(device) if args.compile is None else args.compile
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "world": world, "shard": args.shard, "compile": compiled,
                "device": device, "cpu": platform.machine()}  # fmt: skip
+    for block in model.blocks:
+        block.recompute = args.recompute
     if compiled:
         for block in model.blocks:  # one block's code serves all: the time to compile does not grow with depth
             block.compile()
@@ -700,7 +723,7 @@ def main(argv=None):
             less = f"--micro-batch {B // 2} --batch-tokens {args.batch_tokens}" if B > 1 else "--shard, or a smaller --block-size"
             raise SystemExit(f"out of memory with --micro-batch {B}: halve it; the results do not change with {less}")
         norm = torch.nn.utils.clip_grad_norm_(params, args.clip or math.inf)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = norm.full_tensor() if args.shard else norm
         loss, norm = torch.stack([loss, norm]).tolist()  # the same on all ranks, so that all skip or none does
         if is_bad(loss, norm, recent):
             skipped, in_a_row = skipped + 1, in_a_row + 1

@@ -1,12 +1,16 @@
 """The benchmark runs and prints every line; its numbers are a matter of the machine."""
 
 import re
+from dataclasses import replace
 
+import pytest
 import torch
 from conftest import call
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import benchmark
-from benchmark import peak_memory
+from benchmark import LiveTensors, peak_memory
+from model import PRESETS, Config, Decoder
 
 
 def test_a_small_benchmark_prints_every_line():
@@ -35,3 +39,32 @@ def test_a_small_benchmark_of_the_data_stage_prints_every_line(monkeypatch):
     beginnings = ("tokenising", "pipeline zh", "    of 0 MB: ", "    of 1 MB: ", "all of prepare.py on 1.2 MB: 1 process", "slowest operators", "copies among 5,000")
     assert len(lines) == 7 and all(line.startswith(start) for line, start in zip(lines, beginnings))
     assert lines[6].endswith("MB, 3 near copies found")  # of documents 2,500, 3,500 and 4,500, three bits off
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_memory_computed_from_shapes_is_what_a_step_takes(recompute):
+    """Against torch's profiler of the same forward with real numbers."""
+
+    def forward(model):
+        for block in model.blocks:
+            block.recompute = recompute
+        return model(torch.zeros(2, 128, dtype=torch.long), torch.zeros(2, 128, dtype=torch.long))
+
+    config = Config(n_layer=4, vocab_size=4096, expert="swiglu2")
+    model = Decoder(config)
+    real = peak_memory(lambda: forward(model))
+    with FakeTensorMode():
+        model = Decoder(config)
+        with LiveTensors(model.parameters()) as live:
+            forward(model)
+    assert live.most == pytest.approx(real, rel=0.01)
+
+
+def test_the_plan_of_a_model_counts_what_each_process_holds():
+    said = call("train.py", *"--dry-run --preset steel-1b --micro-batch 1 --recompute".split()).stdout
+    block = sum(p.numel() for p in Decoder(replace(PRESETS["steel-1b"], n_layer=1)).blocks.parameters())
+    assert said.startswith(f"{18 * block + 2 * 151_936 * 1792 + 1792:,} parameters")
+    rows = [line.split() for line in said.splitlines()[3:]]
+    assert [int(row[0]) for row in rows] == [1, 2, 4, 8, 16, 32, 64] and len({row[1] for row in rows}) == 1
+    shared = [float(row[2]) for row in rows[1:]]
+    assert shared == sorted(shared, reverse=True)

@@ -301,6 +301,11 @@ def test_sigterm_while_compiling_ends_the_run_at_once(small_data, tmp_path, monk
     assert not list((tmp_path / "run").glob("*step*"))
 
 
+def test_blocks_that_are_run_again_in_backward_give_the_same_bits(whole, small_data, tmp_path):
+    train(small_data, tmp_path, "--steps", 8, "--recompute")
+    assert weights(tmp_path, 8) == weights(whole.out, 8)
+
+
 def test_two_processes_give_the_loss_of_one(whole, small_data, tmp_path):
     torchrun(2, "train.py", "--data", small_data, "--out", tmp_path, *TINY, "--steps", 8)
     assert losses(tmp_path) == pytest.approx(losses(whole.out), abs=1e-5)
