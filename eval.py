@@ -307,8 +307,10 @@ def main(argv=None):
         if args.text:
             blocks = text_blocks(args.text, tokenizer, config.block_size)
         else:
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            blocks = TokenData(args.data or state["args"]["data"], "val", config.block_size)
+            if not args.data and not (path / "state.json").exists():
+                raise SystemExit(f"{path} does not say what it was trained on: give --data or --text")
+            data = args.data or json.loads((path / "state.json").read_text(encoding="utf-8"))["args"]["data"]
+            blocks = TokenData(data, "val", config.block_size)
             if blocks.manifest["tokenizer"]["sha256"] != file_sha256(tokenizer.path):
                 raise SystemExit(f"{blocks.path} was prepared with another tokenizer than {path}: score its text with --text")
         if args.leak:
