@@ -37,7 +37,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "checkpoints", nargs="*", default=["out"], metavar="CHECKPOINT",
-        help="step or run directories (default: the newest run under out)",
+        help="steps, runs or Hugging Face folders (default: the newest run under out)",
     )  # fmt: skip
     scored = parser.add_mutually_exclusive_group()
     scored.add_argument("--data", help="a prepared folder, instead of the one the checkpoint was trained on")

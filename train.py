@@ -48,7 +48,7 @@ def get_args(argv=None, **defaults):
     add("--data", default=DEFAULT_DATA, help="folder made by prepare.py; the default one is made when missing")
     add("--out", default="out/demo", help="run directory")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, with that run's flags where none is given")
-    add("--init-from", metavar="PATH", help="start from the weights of a checkpoint or of a run's newest one; the optimizer starts anew")
+    add("--init-from", metavar="PATH", help="start from the weights of a step, a run or a Hugging Face folder; the optimizer starts anew")
     add("--seed", type=int, default=0, help="of the initialisation and of the order of the data")
     # How long, how much at a time
     length = parser.add_mutually_exclusive_group()

@@ -13,6 +13,7 @@ What a folder says is taken over completely or refused: no field, no tensor and 
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -29,9 +30,20 @@ from tokenizer import load_tokenizer
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(prog="model.py", description="Write a checkpoint as a folder for Hugging Face's loaders.")
-    parser.add_argument("checkpoint", nargs="?", default="out", metavar="CHECKPOINT", help="step or run directory; out: its newest run")
-    parser.add_argument("--export", required=True, metavar="DIR", help="a folder that is new or empty")
+    parser.add_argument("checkpoint", nargs="?", default="out", metavar="CHECKPOINT", help="a step or a run (default: newest run under out)")
+    parser.add_argument("--export", required=True, metavar="DIR", help="a folder, new or empty")
     return parser.parse_args(argv)
+
+
+@contextlib.contextmanager
+def refused(path, expected):
+    """Errors of reading path become the one line that ends the program."""
+    try:
+        yield
+    except OSError as error:
+        raise SystemExit(f"{path}: {error.strerror}: copy or download it again")
+    except ValueError as error:
+        raise SystemExit(f"{path} is not {expected} ({error}): copy or download it again")
 
 
 def json_object(content):
@@ -55,12 +67,8 @@ def json_object(content):
 
 
 def read_json(path):
-    try:
+    with refused(path, "a JSON object"):
         return json_object(path.read_bytes())
-    except OSError as error:
-        raise SystemExit(f"{path}: {error.strerror}: copy or download it again")
-    except ValueError as error:
-        raise SystemExit(f"{path} is not a JSON object ({error}): copy or download it again")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -72,7 +80,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F
 
 def read_safetensors(path):
     """A file -> {name: tensor}, mapped into memory: what is not used is not read. A damaged file is refused."""
-    try:
+    with refused(path, f"a whole safetensors file of {', '.join(DTYPES)}"):
         content = np.memmap(path, np.uint8, mode="c")  # a private copy of what is written to: torch has no read-only tensors
         start = 8 + int.from_bytes(content[:8].tobytes(), "little")
         if start > len(content):
@@ -83,11 +91,6 @@ def read_safetensors(path):
             name: torch.from_numpy(data[begin:end]).view(DTYPES[dtype]).view(shape)
             for begin, end, name, dtype, shape in spans(header, len(data))
         }
-    except OSError as error:
-        raise SystemExit(f"{path}: {error.strerror}: copy or download it again")
-    except ValueError as error:
-        kinds = ", ".join(DTYPES)
-        raise SystemExit(f"{path} is not a whole safetensors file of {kinds} ({error}): copy or download it again")
 
 
 def spans(header, size):
@@ -115,7 +118,7 @@ def spans(header, size):
 
 
 def write_safetensors(path, tensors):
-    """{name: tensor} -> a file; tensors of any layout, on any device."""
+    """{name: tensor} -> a file; tensors of any layout, on any device. (export() writes into a folder that is renamed when whole.)"""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
@@ -123,25 +126,24 @@ def write_safetensors(path, tensors):
         at += tensor.nbytes
     head = json.dumps(header, ensure_ascii=False).encode("utf-8")
     head += b" " * (-len(head) % 8)  # tensors begin at a multiple of 8
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with open(path, "wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for tensor in tensors.values():
             file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_folder(folder):
     """All tensors of a folder: of the files that model.safetensors.index.json names, or without one of every *.safetensors."""
     index = folder / "model.safetensors.index.json"
-    where = read_json(index).get("weight_map") if index.exists() else None
+    where, files = None, sorted(path.name for path in folder.glob("*.safetensors"))
     if index.exists():
+        where = read_json(index).get("weight_map")
         inside = lambda file: isinstance(file, str) and re.fullmatch(r"[^/\\]+\.safetensors", file)
         if not isinstance(where, dict) or not all(map(inside, where.values())):
             raise SystemExit(f"{index}: expected a weight_map of tensors to *.safetensors files in the same folder: download it again")
-    files = sorted(set(where.values())) if where else sorted(path.name for path in folder.glob("*.safetensors"))
+        files = sorted(set(where.values()))
     if not files:
         raise SystemExit(f"{folder} has a config.json and no *.safetensors: expected weights in this format, others are not read")
     tensors, found = {}, {}
@@ -152,7 +154,8 @@ def read_folder(folder):
             tensors[name], found[name] = tensor, file
     if where and found != where:
         name = min(found.items() ^ where.items())[0]
-        raise SystemExit(f"{index}: {name} should be in {where.get(name, 'no file')}, is in {found.get(name, 'no file')}: download both again")
+        says, holds = (files.get(name, "no file") for files in (where, found))
+        raise SystemExit(f"{index} says that {name} is in {says}, it is in {holds}: download both again")
     return tensors
 
 
@@ -166,9 +169,9 @@ FIELDS = {  # their name -> ours
     "num_key_value_heads": "n_kv_head", "max_position_embeddings": "block_size", "rms_norm_eps": "norm_eps",
     "rope_theta": "rope_base", "tie_word_embeddings": "tie_embeddings",
 }  # fmt: skip
-ONLY = {  # what would make it another function; left out, it is this
+ONLY = {  # what would make it another function; left out or null, it is this
     "hidden_act": "silu", "qkv_bias": True, "use_sliding_window": False, "rope_scaling": None, "rope_type": "default",
-    "decoder_sparse_step": 1, "mlp_only_layers": [],
+    "use_mrope": False, "decoder_sparse_step": 1, "mlp_only_layers": [],
 }  # fmt: skip
 # What does not change the function: names, training, sampling, windows and dense layers that are not used; norm_topk_prob, as all
 # experts together sum to 1.
@@ -198,7 +201,8 @@ def read_config(folder):
         raise SystemExit(f"{path}: {problem}")
 
     def take(name, kind, default=None):
-        value = found.pop(name, default)
+        value = found.pop(name, None)
+        value = default if value is None else value
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
@@ -206,8 +210,8 @@ def read_config(folder):
         return value
 
     def only(name, value):
-        if (other := found.pop(name, value)) != value:
-            refuse(f"{name} = {other!r} is another model than this one can be, expected {value!r}")
+        if (other := found.pop(name, None)) not in (None, value):
+            refuse(f"{name} = {other!r}, expected {value!r}: this model has no other")
 
     # Steel-LLM's training code kept the name of the model that it began with.
     kind = STEEL if "FFN_type" in found else (take("architectures", list, []) or [None])[0]
@@ -216,10 +220,8 @@ def read_config(folder):
         values = {field.name: take(field.name, field.type, field.default) for field in fields(Config)}
     elif kind in (QWEN2, QWEN2_MOE, STEEL):
         found |= take("rope_parameters", dict, {})
-        if found.get("num_key_value_heads") is None:
-            found["num_key_value_heads"] = found.get("num_attention_heads")
-        types = {field.name: field.type for field in fields(Config)}
-        values = {ours: take(theirs, types[ours]) for theirs, ours in FIELDS.items()}
+        types, defaults = {field.name: field.type for field in fields(Config)}, {"num_key_value_heads": found.get("num_attention_heads")}
+        values = {ours: take(theirs, types[ours], defaults.get(theirs)) for theirs, ours in FIELDS.items()}
         for name, value in ONLY.items():
             only(name, value)
         only("layer_types", ["full_attention"] * values["n_layer"])
@@ -333,9 +335,10 @@ def load(folder):
     """A folder -> Decoder in fp32 on the CPU; .checkpoint is the folder."""
     folder = Path(folder)
     config, shared_width = read_config(folder)
-    tensors, model = read_folder(folder), Decoder(config)
-    ours, shared = dict(hugging_face_tensors(model)), shared_expert(config, shared_width)
-    shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()} | shared
+    tensors, shared = read_folder(folder), shared_expert(config, shared_width)
+    with torch.device("meta"):  # names and shapes before any memory is taken
+        model = Decoder(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in hugging_face_tensors(model)} | shared
     problems = [f"{name} is missing" for name in shapes if name not in tensors]
     for name, tensor in tensors.items():
         if name not in shapes:
@@ -347,7 +350,7 @@ def load(folder):
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise SystemExit(f"{folder}: " + "; ".join(problems[:3]) + more)
-    for name, tensor in ours.items():
+    for name, tensor in hugging_face_tensors(model.to_empty(device="cpu")):
         tensor.copy_(tensors[name])
         if shared and name.endswith("down_proj.weight"):
             tensor /= config.n_expert

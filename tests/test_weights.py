@@ -5,7 +5,7 @@ import math
 import random
 import shutil
 import struct
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -26,7 +26,7 @@ QWEN2 = dict(
     vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=64, rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
 )  # fmt: skip
-MOE = dict(QWEN2, num_experts=3, num_experts_per_tok=3, moe_intermediate_size=7, shared_expert_intermediate_size=5)
+MOE = dict(QWEN2, num_experts=3, num_experts_per_tok=3, moe_intermediate_size=8, shared_expert_intermediate_size=5)
 SHARED = "model.layers.1.mlp.shared_expert.down_proj.weight"
 
 
@@ -87,25 +87,24 @@ def test_models_of_transformers_are_the_same_function_here_and_there_again(their
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_becomes_fp32(dtype, tmp_path):
-    theirs = qwen2().to(dtype)
-    theirs.save_pretrained(tmp_path / "theirs")
-    model = Decoder.load(tmp_path / "theirs")
+    qwen2().to(dtype).save_pretrained(tmp_path)
+    model = Decoder.load(tmp_path)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    same_function(theirs.float(), model)
+    same_function(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), model)
 
 
 def old_config(folder, **changes):
     """config.json as transformers wrote it before version 5, changed; None deletes a field."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config |= {"torch_dtype": config.pop("dtype"), "rope_theta": config.pop("rope_parameters")["rope_theta"]} | changes
+    config |= {"torch_dtype": config.pop("dtype", "float32"), "rope_theta": config.pop("rope_parameters")["rope_theta"]} | changes
     path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}), encoding="utf-8")
 
 
 def test_the_fields_of_older_configs_are_understood(tmp_path):
     theirs = qwen2(num_key_value_heads=4)
     theirs.save_pretrained(tmp_path)
-    old_config(tmp_path, num_key_value_heads=None, layer_types=None, use_sliding_window=None)
+    old_config(tmp_path, num_key_value_heads=None, layer_types=None, use_mrope=False)
     same_function(theirs, Decoder.load(tmp_path))
 
 
@@ -154,7 +153,6 @@ def test_what_transformers_can_express_is_the_same_function_there(changes, tied,
     theirs.generation_config.eos_token_id = None
     same_function(theirs, model)
     again = Decoder.load(tmp_path / "out")
-    again.config = replace(model.config, n_expert=again.config.n_expert, d_expert=again.config.d_expert)
     if model.config.ffn == "dense":
         same_bits(again, model)
     else:  # what the factor of three experts rounds
@@ -231,7 +229,8 @@ def test_the_command_exports_what_sample_and_eval_read(small_data, tmp_path):
 
 def tensors_of_all_kinds():
     kinds = [torch.randn(3, 5).to(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)]
-    return {"轻": torch.randn(7, 2).T, "scalar": torch.tensor(2.5), "none": torch.zeros(0, 4), "odd": torch.randn(3).half()} | dict(zip("abcd", kinds))
+    shapes = {"轻": torch.randn(7, 2).T, "scalar": torch.tensor(2.5), "none": torch.zeros(0, 4), "odd": torch.randn(3).half()}
+    return shapes | dict(zip("abcd", kinds))
 
 
 def test_the_safetensors_package_reads_ours_and_we_read_its(tmp_path):
@@ -298,7 +297,7 @@ def test_no_truncated_or_changed_file_does_more_than_be_refused(tmp_path):
         path.write_bytes(whole[:length])
         with pytest.raises(SystemExit):
             read_safetensors(path)
-    for _ in range(2000):
+    for _ in range(400):
         changed = bytearray(whole)
         changed[draw.randrange(start)] = draw.randrange(256)
         path.write_bytes(changed)
@@ -397,8 +396,8 @@ def test_shards_that_do_not_fit_their_index_are_refused(tmp_path):
     for outside in ("../whole/" + shards[0], str(tmp_path / "whole" / shards[0]), "..", 7):
         assert "in the same folder" in line(weight_map(index | {"lm_head.weight": outside}))
     assert "expected a weight_map" in line(weight_map(None))
-    assert "lm_head.weight should be in no file" in line(weight_map({k: v for k, v in index.items() if k != "lm_head.weight"}))
-    assert "extra should be in" in line(weight_map(index | {"extra": shards[0]}))
+    assert "lm_head.weight is in no file, it is in" in line(weight_map({k: v for k, v in index.items() if k != "lm_head.weight"}))
+    assert f"extra is in {shards[0]}, it is in no file" in line(weight_map(index | {"extra": shards[0]}))
     assert "is not a JSON object" in line(lambda folder: (folder / "model.safetensors.index.json").write_bytes(b"{"))
 
     def twice(folder):
@@ -415,14 +414,11 @@ def test_shards_that_do_not_fit_their_index_are_refused(tmp_path):
     assert "no *.safetensors" in line(pickled)
 
 
-def test_a_checkpoint_trains_on_from_an_exported_folder(small_data, tmp_path):
+def test_training_starts_from_a_folder(small_data, tmp_path):
     tokenizer = load_tokenizer(small_data)
-    model = ours(vocab_size=tokenizer.vocab_size, block_size=32, ffn="dense")
+    model = randomized(Decoder(replace(SMALL, vocab_size=tokenizer.vocab_size, ffn="dense", n_expert=1, d_expert=16)), std=0.1)
     export(model, tmp_path / "a", {"tokenizer.model": tokenizer.path.read_bytes()}, {})
-    flags = {name: value for name, value in asdict(Decoder.load(tmp_path / "a").config).items() if name not in ("vocab_size", "reset_id")}
-    flags = [part for name, value in flags.items() for part in ("--" + name.replace("_", "-"), value) if value is not False]
-    flags = [flag for flag in flags if flag not in ("--tie-embeddings",)]
+    flags = "--n-layer 2 --d-model 24 --n-kv-head 2 --block-size 32 --ffn dense --n-expert 1 --d-expert 16 --micro-batch 2 --eval-tokens 64"
     call("train.py", "--data", small_data, "--out", tmp_path / "run", "--init-from", tmp_path / "a", "--steps", 1, "--lr", 1e-30,
-         "--micro-batch", 2, "--eval-tokens", 64, "--no-compile", *flags)  # fmt: skip
-    for p, q in zip(Decoder.load(tmp_path / "run").parameters(), model.parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+         "--no-compile", *flags.split())  # fmt: skip
+    same_bits(Decoder.load(tmp_path / "run"), model)
