@@ -7,6 +7,8 @@
     cache = model.new_cache(batch, max_len)      # then model(ids, cache=cache), any number of times
     model = Decoder.load("out/demo")             # a checkpoint, or the newest one of a run, or a Hugging Face folder
 
+`python model.py out/demo --export DIR` writes a checkpoint as such a folder (weights.py).
+
 Shapes: B batch, T time, D width (d_model), H heads, G key/value heads, K head dim, V vocabulary,
         E experts, P slots per expert, S = E * P slots, W window, h hidden width of an expert.
 """

@@ -30,7 +30,7 @@ from tokenizer import load_tokenizer
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(prog="model.py", description="Write a checkpoint as a folder for Hugging Face's loaders.")
-    parser.add_argument("checkpoint", nargs="?", default="out", metavar="CHECKPOINT", help="a step or a run (default: newest run under out)")
+    parser.add_argument("checkpoint", nargs="?", default="out", metavar="CHECKPOINT", help="a step or a run (default: newest under out)")
     parser.add_argument("--export", required=True, metavar="DIR", help="a folder, new or empty")
     return parser.parse_args(argv)
 

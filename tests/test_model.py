@@ -412,7 +412,7 @@ def test_sizes_of_the_presets():
 
 
 def test_the_untrained_model_predicts_nearly_uniformly_and_every_parameter_learns():
-    for changes in (dict(), dict(expert="swiglu2"), dict(dispatch="sequence"), dict(ffn="dense")):
+    for changes in (dict(), dict(expert="swiglu2"), dict(router="linear"), dict(dispatch="sequence"), dict(ffn="dense")):
         model = Decoder(replace(SMALL, **changes))
         ids = torch.randint(50, (2, 33))
         assert abs(model(ids[:, :-1], ids[:, 1:]).item() - math.log(50)) < 0.05

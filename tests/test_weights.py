@@ -326,7 +326,7 @@ def change_tensors(folder, **changes):
 BIAS = "model.layers.0.self_attn.q_proj.bias"
 REFUSED = [  # of "moe" or "steel", what is changed in config.json or (tensors=) in the weights, words of the line
     (dict(architectures=["LlamaForCausalLM"]), "architecture LlamaForCausalLM"),
-    (dict(architectures=None), "architectures = None, expected list"),
+    (dict(architectures=None), "architecture None, expected one of"),
     (dict(hidden_act="gelu"), "hidden_act = 'gelu'"),
     (dict(use_sliding_window=True), "use_sliding_window = True"),
     (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
