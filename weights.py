@@ -211,7 +211,7 @@ def read_config(folder):
 
     def only(name, value):
         if (other := found.pop(name, None)) not in (None, value):
-            refuse(f"{name} = {other!r}, expected {value!r}: this model has no other")
+            refuse(f"{name} = {other!r}, expected {value!r}: another cannot be represented")
 
     # Steel-LLM's training code kept the name of the model that it began with.
     kind = STEEL if "FFN_type" in found else (take("architectures", list, []) or [None])[0]
@@ -233,7 +233,7 @@ def read_config(folder):
     elif kind == QWEN2_MOE:
         n_expert, active = take("num_experts", int), take("num_experts_per_tok", int)
         if active != n_expert:
-            refuse(f"num_experts_per_tok = {active}, expected all {n_expert}: a Soft MoE has no experts that rest")
+            refuse(f"num_experts_per_tok = {active}, expected {n_expert}: here every token goes to all experts")
         shared_width = take("shared_expert_intermediate_size", int)
         values |= dict(dispatch="token", router="linear", n_expert=n_expert, d_expert=take("moe_intermediate_size", int))
     elif kind == STEEL:
@@ -252,7 +252,7 @@ def read_config(folder):
         refuse(error)
 
 
-def write_config(config):
+def config_json(config):
     """Config -> the content of config.json."""
     kind = architecture(config)
     found = {"architectures": [kind]}
@@ -377,7 +377,7 @@ def export(model, folder, tokenizer_files, ends, suppress=()):
         tensors |= {name: torch.zeros(shape) for name, shape in shared.items()}
     write_safetensors(temporary / "model.safetensors", tensors)
     generation = ends | ({"suppress_tokens": list(suppress)} if suppress else {})
-    for name, content in (("config.json", write_config(config) | ends), ("generation_config.json", generation)):
+    for name, content in (("config.json", config_json(config) | ends), ("generation_config.json", generation)):
         (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for name, content in tokenizer_files.items():
         (temporary / name).write_bytes(content)
@@ -395,5 +395,5 @@ def main(argv=None):
     kind = architecture(config)
     print(f"exported: {model.checkpoint} -> {args.export}, {kind}")
     if kind == OWN:
-        print("no other program can run it: only ffn = dense, or dispatch = token with router = linear, expert = swiglu and one slot\n"
-              "per expert, are models that others know, and neither with --reset-at-eos")  # fmt: skip
+        print("only nanoSteel reads this folder: other programs know ffn = dense, and dispatch = token with router = linear,\n"
+              "expert = swiglu and slots_per_expert = 1, both without --reset-at-eos")  # fmt: skip

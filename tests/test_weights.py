@@ -324,7 +324,7 @@ def change_tensors(folder, **changes):
 
 
 BIAS = "model.layers.0.self_attn.q_proj.bias"
-REFUSED = [  # of "moe" or "steel", what is changed in config.json or (tensors=) in the weights, words of the line
+REFUSED = [  # what is changed in the config.json of a Qwen2-MoE, or in its tensors; words of the line
     (dict(architectures=["LlamaForCausalLM"]), "architecture LlamaForCausalLM"),
     (dict(architectures=None), "architecture None, expected one of"),
     (dict(hidden_act="gelu"), "hidden_act = 'gelu'"),
