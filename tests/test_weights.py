@@ -338,7 +338,7 @@ REFUSED = [  # what is changed in the config.json of a Qwen2-MoE, or in its tens
     (dict(num_attention_heads=5, num_key_value_heads=5), "d_model = 24 is not a multiple of 2 x n_head = 10"),
     (dict(num_attention_heads=0), "n_head = 0, expected a positive number"),
     (dict(qkv_bias=False), "qkv_bias = False"),
-    (dict(num_experts_per_tok=2), "num_experts_per_tok = 2, expected all 3"),
+    (dict(num_experts_per_tok=2), "num_experts_per_tok = 2, expected 3"),
     (dict(mlp_only_layers=[0]), "mlp_only_layers = [0]"),
     (dict(decoder_sparse_step=2), "decoder_sparse_step = 2"),
     (dict(quantization_config={"bits": 4}, partial_rotary_factor=0.5), "unknown partial_rotary_factor, quantization_config"),
