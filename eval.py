@@ -37,7 +37,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "checkpoints", nargs="*", default=["out"], metavar="CHECKPOINT",
-        help="step or run directories (default: the newest run under out)",
+        help="steps, runs or Hugging Face folders (default: the newest run under out)",
     )  # fmt: skip
     scored = parser.add_mutually_exclusive_group()
     scored.add_argument("--data", help="a prepared folder, instead of the one the checkpoint was trained on")
@@ -313,8 +313,10 @@ def main(argv=None):
         if args.text:
             blocks = text_blocks(args.text, tokenizer, config.block_size)
         else:
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            blocks = TokenData(args.data or state["args"]["data"], "val", config.block_size)
+            if not args.data and not (path / "state.json").exists():
+                raise SystemExit(f"{path} does not say what it was trained on: give --data or --text")
+            data = args.data or json.loads((path / "state.json").read_text(encoding="utf-8"))["args"]["data"]
+            blocks = TokenData(data, "val", config.block_size)
             if blocks.manifest["tokenizer"]["sha256"] != file_sha256(tokenizer.path):
                 raise SystemExit(f"{blocks.path} was prepared with another tokenizer than {path}: score its text with --text")
         if args.leak:

@@ -5,7 +5,9 @@
     logits = model(ids)                          # [B, T] -> [B, T, V]
     loss = model(ids, targets)                   # mean nats per counted target
     cache = model.new_cache(batch, max_len)      # then model(ids, cache=cache), any number of times
-    model = Decoder.load("out/demo")             # a checkpoint, or the newest one of a run
+    model = Decoder.load("out/demo")             # a checkpoint, or the newest one of a run, or a Hugging Face folder
+
+`python model.py out/demo --export DIR` writes a checkpoint as such a folder (weights.py).
 
 Shapes: B batch, T time, D width (d_model), H heads, G key/value heads, K head dim, V vocabulary,
         E experts, P slots per expert, S = E * P slots, W window, h hidden width of an expert.
@@ -33,6 +35,7 @@ CHOICES = {
     "ffn": ("soft_moe", "dense"),
     "dispatch": ("causal", "token", "sequence"),
     "expert": ("swiglu", "swiglu2"),
+    "router": ("cosine", "linear"),
 }
 
 
@@ -50,6 +53,7 @@ class Config:
     n_expert: int = 6
     slots_per_expert: int = 1
     expert: str = "swiglu"  # or swiglu2: the second layer is gated as well, as in Steel-LLM
+    router: str = "cosine"  # logits of token and slot; linear: their product as it is, which is what Qwen2-MoE has
     d_expert: int = 0  # hidden width of an expert; 0: so that the layer has about 8 d_model^2 weights
     tie_embeddings: bool = False
     reset_id: int = -1  # nothing reads back over this id, which begins a document; -1: texts packed together see each other
@@ -258,7 +262,7 @@ class SoftMoE(nn.Module):
     The first layer of an expert is linear, so it is applied to x once, and the window is mixed behind it: the same
     function, and no x is ever mixed. dispatch = "token" is W = 1. dispatch = "sequence" is the layer as
     published and as Steel-LLM (arXiv 2502.06635) released it: w is a softmax over all tokens, later ones included,
-    the experts get x / |x|, and there is no factor E.
+    the experts get x / |x|, and there is no factor E. router = "linear" is l[t, j] = <x_t, phi_j>.
 
     Experts are swiglu: silu(A x) * (B x) times C; or swiglu2: u = silu(A x) * (B x), then silu(C u) * (D u).
     """
@@ -266,10 +270,11 @@ class SoftMoE(nn.Module):
     def __init__(self, config):
         super().__init__()
         E, P, h, D = config.n_expert, config.slots_per_expert, config.expert_width, config.d_model
-        self.dispatch, self.n_expert, self.slots = config.dispatch, E, P
+        self.dispatch, self.router, self.n_expert, self.slots = config.dispatch, config.router, E, P
         self.window = config.window if config.dispatch == "causal" else 1
         self.phi = nn.Parameter(torch.empty(D, E * P))
-        self.scale = nn.Parameter(torch.empty(1))
+        if config.router == "cosine":
+            self.scale = nn.Parameter(torch.empty(1))
         if self.window > 1:
             self.recency = nn.Parameter(torch.empty(E * P, config.window))  # b
         self.w_in = nn.Parameter(torch.empty(E, 2, h, D))
@@ -306,6 +311,8 @@ class SoftMoE(nn.Module):
         """[B, T, D] -> [B, T, S], in fp32 at least."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
+            if self.router == "linear":
+                return x @ self.phi.to(x.dtype)
             directions = F.normalize(self.phi.to(x.dtype), dim=0) * self.scale.to(x.dtype)
             return x @ directions / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
@@ -442,6 +449,8 @@ class Decoder(nn.Module):
                 nn.init.ones_(p)
             elif leaf in ("embedding", "head"):
                 nn.init.normal_(p, std=0.02)
+            elif leaf == "phi" and self.config.router == "linear":
+                nn.init.normal_(p, std=1 / self.config.d_model)  # logits as small as the cosine's
             elif leaf in ("qkv", "w_in", "phi"):
                 nn.init.normal_(p, std=self.config.d_model**-0.5)
             elif leaf in ("qkv_bias", "out"):
@@ -502,53 +511,18 @@ class Decoder(nn.Module):
 
     @classmethod
     def load(cls, path):
-        """The model of a checkpoint directory, or of a run directory's newest one, on the CPU in fp32; .checkpoint is its path."""
+        """The model of a checkpoint directory, of a run directory's newest one, or of a Hugging Face folder (config.json and
+        *.safetensors), on the CPU in fp32; .checkpoint is its path."""
+        if Path(path, "config.json").exists():
+            import weights
+
+            return weights.load(path)
         path = newest_checkpoint(path)
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         model = cls(Config(**state["config"]))
         model.load_state_dict(read_tensors(path / "model.pt"))
         model.checkpoint = path
         return model
-
-
-def hugging_face_tensors(model):
-    """Yield (name, tensor) as transformers names and shapes them: Qwen2's trunk; a Soft MoE as Steel-LLM released it.
-
-    `mlp.recency`, of the causal dispatch, is our own: no released model has it.
-    """
-    config = model.config
-    yield "model.embed_tokens.weight", model.embedding
-    for i, block in enumerate(model.blocks):
-        layer, attention, ffn = f"model.layers.{i}.", block.attention, block.ffn
-        heads = [config.n_head, config.n_kv_head, config.n_kv_head]
-        for name, weight, bias in zip("qkv", attention.qkv.split(heads), attention.qkv_bias.split(heads)):
-            yield layer + f"self_attn.{name}_proj.weight", weight.flatten(0, 1)
-            yield layer + f"self_attn.{name}_proj.bias", bias.flatten()
-        yield layer + "self_attn.o_proj.weight", attention.out
-        yield layer + "input_layernorm.weight", block.attention_norm.weight
-        yield layer + "post_attention_layernorm.weight", block.ffn_norm.weight
-        if config.ffn == "dense":
-            yield from swiglu_tensors(layer + "mlp.", ffn.w_in, ffn.w_out)
-            continue
-        yield layer + "mlp.phi", ffn.phi.unflatten(1, (config.n_expert, -1))
-        yield layer + "mlp.scale", ffn.scale
-        if ffn.window > 1:
-            yield layer + "mlp.recency", ffn.recency
-        for e in range(config.n_expert):
-            yield from swiglu_tensors(layer + f"mlp.experts.{e}.", ffn.w_in[e], ffn.w_out[..., e, :, :])
-    yield "model.norm.weight", model.norm.weight
-    if not config.tie_embeddings:
-        yield "lm_head.weight", model.head
-
-
-def swiglu_tensors(prefix, w_in, w_out):
-    """w_in [2, h, D], w_out [h, D] (swiglu) or [2, h, D] (swiglu2, whose gates have two names)."""
-    twice = w_out.ndim == 3
-    yield prefix + ("gate_up_proj.weight" if twice else "gate_proj.weight"), w_in[0]
-    yield prefix + "up_proj.weight", w_in[1]
-    if twice:
-        yield prefix + "gate_down_proj.weight", w_out[0].T
-    yield prefix + "down_proj.weight", (w_out[1] if twice else w_out).T
 
 
 def read_tensors(path, device="cpu"):
@@ -609,3 +583,9 @@ def checkpoint_problem(path):
     except (ValueError, AttributeError):
         return "sha256.json is damaged"
     return None
+
+
+if __name__ == "__main__":
+    from weights import main
+
+    main()

@@ -23,7 +23,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("checkpoint", nargs="?", default="out", metavar="CHECKPOINT", help="step or run directory; out: its newest run")
+    parser.add_argument("checkpoint", nargs="?", default="out", metavar="CHECKPOINT", help="a step, a run or a Hugging Face folder")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", help="text to continue")
     prompt.add_argument("--file", help="a UTF-8 file with the text to continue")

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import PRESETS, Attention, Config, Decoder, Dense, SoftMoE, cross_entropy, hugging_face_tensors, place_tokens
+from model import PRESETS, Attention, Config, Decoder, Dense, SoftMoE, cross_entropy, place_tokens
 from train import can_compile
+from weights import hugging_face_tensors
 
 SMALL = Config(n_layer=2, d_model=24, n_head=4, n_kv_head=2, vocab_size=50, block_size=64, n_expert=3, tie_embeddings=False)
 CAUSAL_KINDS = [
@@ -21,6 +22,7 @@ CAUSAL_KINDS = [
     dict(window=1),
     dict(dispatch="token"),
     dict(dispatch="token", slots_per_expert=2),
+    dict(router="linear", slots_per_expert=2),
     dict(ffn="dense"),
 ]
 
@@ -183,7 +185,7 @@ def plain_soft_moe(layer, x):
     """SoftMoE.forward for dispatch causal and token, from the formulas: every z is built, every expert is run."""
     T, E, P, W = x.shape[1], layer.n_expert, layer.slots, layer.window
     unit = lambda v, dim: v / v.norm(dim=dim, keepdim=True)
-    logits = layer.scale * unit(x, -1) @ unit(layer.phi, 0)  # [B, T, S]
+    logits = layer.scale * unit(x, -1) @ unit(layer.phi, 0) if layer.router == "cosine" else x @ layer.phi  # [B, T, S]
     combine = logits.softmax(-1)
     back = torch.arange(T)[:, None] - torch.arange(T)
     y = torch.zeros_like(x)
@@ -262,19 +264,22 @@ def released_steel_layer(x, tensors):
     combine = logits.exp() / logits.exp().sum((1, 2), keepdim=True)
     y = torch.zeros_like(x)
     for e in range(E):
-        w = {name: tensors[f"experts.{e}.{name}.weight"] for name in ("gate_up_proj", "up_proj", "gate_down_proj", "down_proj")}
+        w = {name.split(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"experts.{e}.")}
         for p in range(P):
             slot = sum(dispatch[t, e, p] * x[t] for t in range(len(x)))
-            hidden = F.silu(w["gate_up_proj"] @ slot) * (w["up_proj"] @ slot)
-            out = F.silu(w["gate_down_proj"] @ hidden) * (w["down_proj"] @ hidden)
+            hidden = F.silu(w["gate_up_proj" if "gate_down_proj" in w else "gate_proj"] @ slot) * (w["up_proj"] @ slot)
+            out = w["down_proj"] @ hidden
+            if "gate_down_proj" in w:  # "senet", not "raw"
+                out = F.silu(w["gate_down_proj"] @ hidden) * out
             y = y + combine[:, e, p, None] * out
     return y
 
 
+@pytest.mark.parametrize("expert", ["swiglu", "swiglu2"])
 @pytest.mark.parametrize("slots", [1, 3])
 @torch.no_grad()
-def test_sequence_dispatch_is_the_released_layer(slots):
-    model = small(dispatch="sequence", expert="swiglu2", slots_per_expert=slots)
+def test_sequence_dispatch_is_the_released_layer(slots, expert):
+    model = small(dispatch="sequence", expert=expert, slots_per_expert=slots)
     prefix = "model.layers.1.mlp."
     tensors = {name.removeprefix(prefix): p for name, p in hugging_face_tensors(model) if name.startswith(prefix)}
     x = torch.randn(3, 17, 24, dtype=torch.float64)
@@ -407,7 +412,7 @@ def test_sizes_of_the_presets():
 
 
 def test_the_untrained_model_predicts_nearly_uniformly_and_every_parameter_learns():
-    for changes in (dict(), dict(expert="swiglu2"), dict(dispatch="sequence"), dict(ffn="dense")):
+    for changes in (dict(), dict(expert="swiglu2"), dict(router="linear"), dict(dispatch="sequence"), dict(ffn="dense")):
         model = Decoder(replace(SMALL, **changes))
         ids = torch.randint(50, (2, 33))
         assert abs(model(ids[:, :-1], ids[:, 1:]).item() - math.log(50)) < 0.05
