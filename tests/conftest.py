@@ -21,6 +21,10 @@ TINY = ("--n-layer 2 --d-model 32 --n-head 2 --n-kv-head 1 --n-expert 3 --block-
         "--batch-tokens 256 --eval-tokens 256 --log-every 1 --no-compile").split()  # fmt: skip
 
 
+def pytest_addoption(parser):
+    parser.addoption("--strings", type=int, default=3000, help="on how many strings tokenizers are compared with transformers")
+
+
 def run(*command, cwd=ROOT, **environment):
     """Run a command of the repository as a user would; the result has its output as text."""
     return subprocess.run(
