@@ -266,12 +266,12 @@ def converse(model, tokenizer, messages, args, generator):
                 continue
             asked = [*messages, {"role": "user", "content": question}]
             kept = fit(tokenizer, asked, context - min(args.max_new_tokens, context // 2))
-            if len(kept) < len(asked):
-                print("(the beginning of the chat no longer fits the context and is left out)", file=sys.stderr)
             ids = chat_ids(tokenizer, kept)
             if len(ids) > context:
                 print(f"(with this question there are {len(ids)} tokens, the model's context is {context}: shorten it)", file=sys.stderr)
                 continue
+            if len(kept) < len(asked):
+                print("(the beginning of the chat no longer fits the context and is left out)", file=sys.stderr)
             messages = [*kept, {"role": "assistant", "content": show(model, tokenizer, [ids], [""], args, generator)}]
     print()
 
