@@ -125,7 +125,7 @@ class Tokenizer:
         return {"tokenizer.json": write(tokenizer), "tokenizer_config.json": write(config)}
 
     def transformers_parts(self):
-        """-> normalizer, pre_tokenizer, decoder, {token: id}, and the tokens that merges make, those made first in front."""
+        """-> normalizer, pre_tokenizer, decoder, {token: id}, and the tokens that take part in merges, those made first in front."""
         raise NotImplementedError
 
 
@@ -181,8 +181,8 @@ class SentencePiece(Tokenizer):
 
     def transformers_parts(self):
         sp = self.processor
-        tokens = [sp.id_to_piece(i).replace(SPACE_MARK, " ") for i in range(len(sp))]
-        fixed = lambda i: sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i) or tokens[i] == "\n"  # never come of a merge
+        tokens = [sp.id_to_piece(i).replace(SPACE_MARK, " ") for i in range(len(sp))]  # so that the mark itself is spelt in bytes there too
+        fixed = lambda i: sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i) or tokens[i] == "\n"  # joined with nothing
         merged = [tokens[i] for i in sorted(range(len(sp)), key=sp.get_score, reverse=True) if not fixed(i)]
         decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
         return None, None, decoder, {token: i for i, token in enumerate(tokens)}, merged
@@ -243,9 +243,8 @@ QWEN_PATTERN = (
 )
 QWEN_EMBEDDING_ROWS = 151_936  # of the published models, Steel-LLM's too: 151,646 ids and padding
 
-
-PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 # The alphabet in which .json files write bytes (GPT-2's): printable ones as themselves, the others from U+0100 on.
+PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 CHARACTER_OF = {byte: byte for byte in PRINTABLE}
 CHARACTER_OF |= {byte: 0x100 + n for n, byte in enumerate(sorted(set(range(0x100)) - set(PRINTABLE)))}
 

