@@ -571,11 +571,11 @@ def make_tokenizer(given, vocab_size, parts, out, work):
         encoder = load_tokenizer(made)
     else:
         encoder = load_tokenizer(fetch_qwen() if given == "qwen" else given)
-    name = next(name for name in FILES if name.endswith(encoder.path.suffix))
-    write_atomically(out / name, encoder.path.read_bytes())
-    for other in set(FILES) - {name}:  # of a killed run
+    name = encoder.FILE
+    write_atomically(out / name, encoder.content)
+    for other in {kind.FILE for kind in FILES.values()} - {name}:  # of a killed run
         (out / other).unlink(missing_ok=True)
-    return {"kind": type(encoder).__name__, "file": name, "vocab_size": encoder.vocab_size, "sha256": file_sha256(encoder.path)}
+    return {"kind": type(encoder).__name__, "file": name, "vocab_size": encoder.vocab_size, "sha256": file_sha256(out / name)}
 
 
 def print_dropped(results, show):

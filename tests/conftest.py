@@ -23,12 +23,13 @@ TINY = ("--n-layer 2 --d-model 32 --n-head 2 --n-kv-head 1 --n-expert 3 --block-
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="how often the run of test_train.py that is killed is killed")
+    parser.addoption("--strings", type=int, default=3000, help="on how many strings tokenizers are compared with transformers")
 
 
-def run(*command, cwd=ROOT, **environment):
+def run(*command, cwd=ROOT, input=None, **environment):
     """Run a command of the repository as a user would; the result has its output as text."""
     return subprocess.run(
-        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, encoding="utf-8", timeout=600,
+        [str(part) for part in command], cwd=cwd, input=input, capture_output=True, text=True, encoding="utf-8", timeout=600,
         env={**os.environ, **environment},
     )  # fmt: skip
 

