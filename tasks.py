@@ -1,14 +1,16 @@
-"""Benchmarks: multiple choice (C-Eval, CMMLU, MMLU and folders like theirs) and school mathematics (GSM8K).
+"""Benchmarks from their published folders: C-Eval (arXiv 2305.08322), CMMLU (2306.09212) and others of its shape, MMLU (2009.03300),
+GSM8K (2110.14168).
 
-    python eval.py out/demo --task cmmlu --questions cmmlu               # a folder as published: dev/*.csv, test/*.csv
+    python eval.py out/demo --task cmmlu --questions cmmlu               # a folder with dev/*.csv and test/*.csv
     python eval.py out/demo --task ceval --questions ceval --score continuation
     python eval.py out/demo --task gsm8k --questions gsm8k               # test.jsonl, and train.jsonl for the shots
     python eval.py out/demo/step-* --task cmmlu --questions cmmlu --out answers.jsonl --png curve.png
 
---score letter         the likeliest of the four letters behind the prompt
-        continuation   the likeliest option behind the question alone: plain, per character and per byte
-        chat           the letter (GSM8K: the last number) in a greedy answer to a user's turn
-        generate       GSM8K: the last number in a greedy continuation of the prompt
+--score letter         the likeliest of the four letters behind question and options
+        continuation   the likeliest option behind the question, which does not list them and whose shots do not either
+                       (the cloze form of arXiv 2406.08446): plain, per character and per byte
+        chat           the letter (GSM8K: the last number) in a greedy answer to a user's turn, as in arXiv 2502.06635
+        generate       GSM8K: the last number in a greedy continuation of question and shots
 """
 
 import csv
@@ -218,7 +220,7 @@ def render(task, question, listed=True, answer=None):
 
 
 def user_turn(question):
-    """What Steel-LLM asks in its chat form (arXiv 2502.06635)."""
+    """What a user asks in the chat form of Steel-LLM."""
     if not question.options:
         return question.text
     options = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, question.options))
@@ -335,8 +337,8 @@ def pose(tokenizer, task, score, subject, context):
 
 
 def new_tokens(task, context):
-    """How long an answer in words may be: at least half of the context is for the question."""
-    return min(task.new_tokens, context // 2)
+    """How long an answer in words may be: most of the context is for the question."""
+    return min(task.new_tokens, context // 4)
 
 
 def ask(model, tokenizer, task, score, subject):
@@ -353,7 +355,8 @@ def ask(model, tokenizer, task, score, subject):
             for question, nats in zip(questions, log_likelihoods(model, prompts, options)):
                 lengths = ([1] * 4, [len(o) for o in question.options], [len(o.encode("utf-8")) for o in question.options])
                 best = [max(range(4), key=lambda j: nats[j] / max(1, by[j])) for by in lengths]
-                yield question, shown, {measure: LETTERS[j] for measure, j in zip(measures, best)}, {"nats": nats}
+                known = [n if n > -math.inf else None for n in nats]
+                yield question, shown, {measure: LETTERS[j] for measure, j in zip(measures, best)}, {"nats": known}
         else:
             for question, text in zip(questions, continue_greedily(model, tokenizer, prompts, new_tokens(task, model.config.block_size))):
                 found = letter_in(text) if question.options else last_number(text.split(task.before)[0])
@@ -382,20 +385,21 @@ def averages(records, macro):
     return result
 
 
-def print_row(label, cells, width=32):
-    print(f"{label:<{width}}" + "".join(f"{cell:>17}" for cell in cells))
+def print_row(label, cells):
+    print((f"{label:<32}" + "".join(f"{cell:>17}" for cell in cells)).rstrip())
 
 
 def print_report(records, subjects):
     """Right answers by category and over all, and what was answered, in percent."""
 
     def show(label, some, macro):
-        print_row(f"{label} ({len(some):,})", (f"{mean:.2f} ± {error:.2f}" for mean, error in averages(some, macro).values()))
+        print_row(f"{label} ({len(some):,})", (f"{mean:.2f} ± {error:5.2f}" for mean, error in averages(some, macro).values()))
 
     print_row("right, in percent (questions)", records[0]["predicted"])
     for category in dict.fromkeys(name for subject in subjects.values() for name in subject.categories):
         show(category, [record for record in records if category in subjects[record["subject"]].categories], True)
-    show("all, mean of subjects", records, True)
+    if len(subjects) > 1:
+        show("all, mean of subjects", records, True)
     show("all, mean of questions", records, False)
     given = [Counter(record["predicted"][measure] for record in records) for measure in records[0]["predicted"]]
     for answer in [*LETTERS, None] if records[0]["answer"] in LETTERS else [None]:
@@ -404,19 +408,21 @@ def print_report(records, subjects):
     too_long = sum(record["shots"] is None for record in records)
     most = max(len(subject.examples) for subject in subjects.values())
     fewer = sum(record["shots"] < most for record in records if record["shots"] is not None)
-    if too_long or fewer:
-        print(f"of too short a context: {fewer:,} prompts with fewer than {most} shots; {too_long:,} questions unasked, counted as wrong")
+    if fewer:
+        print(f"{fewer:,} prompts had room for fewer than {most} shots")
+    if too_long:
+        print(f"{too_long:,} questions are too long for the context: counted as wrong")
 
 
 def draw(results, path):
-    """The averages of several checkpoints: results [(name, {measure: (mean, error)})]."""
+    """The averages of several checkpoints: results [(path, {measure: (mean, error)})]."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4))
     for measure in results[0][1]:
         means, errors = zip(*(row[measure] for _, row in results))
         axis.errorbar(range(len(results)), means, errors, label=measure, marker="o", capsize=3)
     axis.set(ylabel="right, in percent", xticks=range(len(results)))
-    axis.set_xticklabels([name for name, _ in results], rotation=30, ha="right")
+    axis.set_xticklabels([checkpoint.name for checkpoint, _ in results], rotation=30, ha="right")
     axis.legend()
     figure.tight_layout()
     figure.savefig(path)
@@ -460,13 +466,12 @@ def run(args, device):
                     bar.update()
         print(f"{model.checkpoint}: {args.task} {split}, --score {args.score} --shots {args.shots}")
         print_report(mine, subjects)
-        results.append((model.checkpoint.name, averages(mine, task.macro)))
+        results.append((model.checkpoint, averages(mine, task.macro)))
         records += mine
     if len(results) > 1:
-        over = "subjects" if task.macro else "questions"
-        print_row(f"mean of {over}", results[0][1])
-        for name, row in results:
-            print_row(name, (f"{m:.2f} ± {e:.2f}" for m, e in row.values()))
+        print_row("mean of subjects" if task.macro else "mean of questions", results[0][1])
+        for checkpoint, row in results:
+            print_row(str(checkpoint), (f"{mean:.2f} ± {error:5.2f}" for mean, error in row.values()))
     if args.out:
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         write_atomically(Path(args.out), "".join(lines).encode("utf-8"))
