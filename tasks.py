@@ -414,9 +414,8 @@ def print_report(records, subjects):
         print(f"{too_long:,} questions are too long for the context: counted as wrong")
 
 
-def draw(results, path):
+def draw(plt, results, path):
     """The averages of several checkpoints: results [(path, {measure: (mean, error)})]."""
-    plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4))
     for measure in results[0][1]:
         means, errors = zip(*(row[measure] for _, row in results))
@@ -448,6 +447,7 @@ def run(args, device):
     subjects = read_subjects(args.task, args.questions, split, args.shots)
     questions = [question for subject in subjects.values() for question in subject.questions]
     constant = Counter(question.answer for question in questions).most_common(1)[0][0]
+    plt = pyplot() if args.png else None  # before the work, not behind it
     records, results = [], []
     for given in args.checkpoints:
         model = Decoder.load(given).to(device).eval()
@@ -476,4 +476,4 @@ def run(args, device):
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         write_atomically(Path(args.out), "".join(lines).encode("utf-8"))
     if args.png:
-        draw(results, args.png)
+        draw(plt, results, args.png)

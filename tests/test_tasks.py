@@ -15,8 +15,8 @@ from eval import data_of
 from model import Config, Decoder, hugging_face_tensors
 from sample import generate, until
 from sources import fetch_qwen
-from tasks import TASKS, Subject, ask, continue_greedily, last_number, letter_in, log_likelihoods, pose, read_subjects
-from tokenizer import load_tokenizer
+from tasks import TASKS, Subject, ask, continue_greedily, last_number, letter_ids, letter_in, log_likelihoods, pose, read_subjects
+from tokenizer import load_tokenizer, train_sentencepiece
 
 HEADERS = {"ceval": ["id", "question", *"ABCD", "answer"], "cmmlu": ["", "Question", *"ABCD", "Answer"], "mmlu": None}
 ROWS = [["字的偏旁，\n何者为水？", "江", "None", "NA", "null", "A"], ["1+1=?", "1", "0.50", "2", '"二", 两', "C"]]
@@ -81,7 +81,10 @@ def test_a_published_folder_becomes_the_prompt_to_the_letter(task, name, qwen, t
 
 
 def test_gsm8k_and_folders_like_cmmlu(qwen, tmp_path):
-    lines = [{"question": "How many?", "answer": "2*600=<<2*600=1200>>1200\n#### 1,200"}, {"question": "And now?", "answer": "One less.\n#### -1.50"}]
+    lines = [
+        {"question": "How many?", "answer": "2*600=<<2*600=1200>>1200\n#### 1,200"},
+        {"question": "And now?", "answer": "One less.\n#### -1.50"},
+    ]
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     subject = read_subjects("gsm8k", tmp_path, "test", 1)["gsm8k"]
@@ -95,7 +98,8 @@ def test_gsm8k_and_folders_like_cmmlu(qwen, tmp_path):
 
 def test_the_tables_of_subjects_are_whole():
     subjects = {task: [item for listed in tasks.SUBJECTS[task].values() for item in listed.split()] for task in ("cmmlu", "mmlu")}
-    assert [len(set(subjects[task])) for task in ("cmmlu", "mmlu")] == [67, 57] and sum(item.endswith("*") for item in subjects["cmmlu"]) == 15
+    assert [len(set(subjects[task])) for task in ("cmmlu", "mmlu")] == [67, 57]
+    assert sum(item.endswith("*") for item in subjects["cmmlu"]) == 15
     assert len({item.partition("/")[2] for item in subjects["cmmlu"]}) == 67
 
 
@@ -109,6 +113,14 @@ def test_too_long_a_prompt_drops_the_first_shots(qwen, tmp_path):
     text = qwen.decode(pose(qwen, TASKS["cmmlu"], "letter", subject, len(whole[1][1]) - 1)[1][1][1:])
     header = "以下是关于艺术学的单项选择题，请直接给出正确答案的选项。\n\n"
     assert text.startswith(header + "题目：第1问") and "题目：第2问" in text
+
+
+def test_letters_of_several_tokens_are_refused(tmp_path):
+    train_sentencepiece(["答案 A，" * 500 + "甲B乙C丙D" * 50], 274, tmp_path / "tokenizer.model")  # " A" is a token, " B" is two
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(SystemExit, match="the letters behind 'Answer:' are not one token each: use --score continuation"):
+        letter_ids(tokenizer, TASKS["mmlu"])
+    assert [tokenizer.decode([i]) for i in letter_ids(tokenizer, TASKS["ceval"])] == list("ABCD")
 
 
 def test_damaged_folders_are_refused_in_one_line(tmp_path):
@@ -174,19 +186,20 @@ def test_log_likelihoods_are_those_of_transformers(small_data, tmp_path):
                 assert value == pytest.approx(alone(lambda ids: theirs(ids).logits, prompt, option), abs=1e-4)
 
 
-@pytest.mark.parametrize("changes", [*CAUSAL_KINDS, dict(reset_id=3)], ids=str)
+@pytest.mark.parametrize("changes", [*CAUSAL_KINDS[::2], dict(reset_id=3)], ids=str)
 @torch.no_grad()
 def test_a_batch_with_a_shared_beginning_is_every_option_alone(changes, monkeypatch):
     draw = lambda n: torch.randint(50, (n,)).tolist()
-    for begin in ([], [7], [5, 3], [*draw(4), 3, *draw(6)]):  # 3 may begin a document
+    for begin in ([], [5], [*draw(4), 3, *draw(6)]):  # 3 may begin a document
         prompts = [begin + [i, *draw(n)] for i, n in enumerate((5, 0, 9, 2))]
         options = [[draw(1), draw(4), []], [draw(2)], [[7], [8], [9]], [draw(3), draw(1)]]
         for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
             model = small(dtype, **changes)
+            expected = [[alone(model, prompt, option) for option in choices] for prompt, choices in zip(prompts, options)]
             for n, batch_tokens in ((4, 1), (4, 50), (4, 1000), (1, 1000)):
                 monkeypatch.setattr(tasks, "BATCH_TOKENS", batch_tokens)
-                for prompt, choices, nats in zip(prompts[-n:], options[-n:], log_likelihoods(model, prompts[-n:], options[-n:])):
-                    assert nats == pytest.approx([alone(model, prompt, option) for option in choices], abs=tolerance)
+                got = log_likelihoods(model, prompts[-n:], options[-n:])
+                assert sum(got, []) == pytest.approx(sum(expected[-n:], []), abs=tolerance)
 
 
 def test_greedy_answers_in_a_batch_are_those_alone(small_data):
@@ -208,7 +221,9 @@ def test_letters_and_numbers_are_found_in_answers():
         ("应选（A）", "A"), ("Apple", None), ("", None), ("我不知道", None),
     ):  # fmt: skip
         assert letter_in(text) == letter, text
-    for text, number in (("18", "18"), ("#### 1,200", "1200"), ("3 apples and $4.50.", "4.5"), ("-7 left", "-7"), ("none", None), ("100.00", "100")):
+    for text, number in (
+        ("18", "18"), ("#### 1,200", "1200"), ("3 apples and $4.50.", "4.5"), ("-7 left", "-7"), ("none", None), ("100.00", "100"),
+    ):  # fmt: skip
         assert last_number(text) == number, text
 
 
@@ -238,7 +253,8 @@ def test_a_model_that_always_says_a(small_data, tmp_path, capsys):
     flat = [x for group in right.values() for x in group]
     assert shown["all, mean of questions"] == pytest.approx((100 * statistics.mean(flat), 100 * error(flat)), abs=0.006)
     macro = statistics.mean(map(statistics.mean, right.values()))
-    assert shown["all, mean of subjects"] == pytest.approx((100 * macro, 100 * sum(error(g) ** 2 for g in right.values()) ** 0.5 / 3), abs=0.006)
+    macro_error = sum(error(group) ** 2 for group in right.values()) ** 0.5 / 3
+    assert shown["all, mean of subjects"] == pytest.approx((100 * macro, 100 * macro_error), abs=0.006)
     assert shown["STEM"] == pytest.approx((50, 100 * 0.5 / 2**0.5), abs=0.006)
     assert shown["Humanities"][0] == pytest.approx(25)
     given = {line.split()[1]: float(line.split()[-1]) for line in printed if line.startswith(("answered", "no answer"))}
@@ -246,7 +262,8 @@ def test_a_model_that_always_says_a(small_data, tmp_path, capsys):
 
 
 def test_the_command(small_data, tmp_path):
-    call("train.py", "--data", small_data, "--out", tmp_path / "run", *TINY, "--block-size", 256, "--batch-tokens", 512, "--steps", 2, "--save-every", 1)
+    longer = (*TINY, "--block-size", 256, "--batch-tokens", 512, "--steps", 2, "--save-every", 1)
+    call("train.py", "--data", small_data, "--out", tmp_path / "run", *longer)
     steps = sorted((tmp_path / "run").glob("step-*"))
     rows = [[f"第{i}题，谁是{'蜀' * i}主？", "曹操", "刘备", "孙权", "诸葛孔明", "B"] for i in range(5)]
     rows.append(["长" * 300, *"甲乙丙丁", "C"])
@@ -270,7 +287,8 @@ def test_the_command(small_data, tmp_path):
     assert all(measure in shown for measure in ("plain", "per character", "per byte"))
     assert "no answer" in call("eval.py", steps[0], *flags[:-2], "--score", "chat").stdout
     (tmp_path / "test.jsonl").write_text('{"question": "?", "answer": "#### 1"}\n', encoding="utf-8")
-    assert "gsm8k test, --score generate --shots 0\n" in call("eval.py", steps[0], "--task", "gsm8k", "--questions", tmp_path, "--shots", 0).stdout
+    shown = call("eval.py", steps[0], "--task", "gsm8k", "--questions", tmp_path, "--shots", 0).stdout
+    assert "gsm8k test, --score generate --shots 0\n" in shown
     call("train.py", "--data", small_data, "--out", tmp_path / "seq", *TINY, "--steps", 1, "--dispatch", "sequence")
     refused(call("eval.py", tmp_path / "seq", *flags, ok=False), "dispatch = sequence", "--score chat")
     with pytest.raises(SystemExit, match="has no state.json.*--data, --text or --task"):
