@@ -6,6 +6,7 @@
     python eval.py --leak                             # the same tokens scored in three ways: do they agree?
     python eval.py --noise                            # train on noise, which only a layer that peeks can predict
     python eval.py --routing --prompt 却说曹操         # which experts a text goes to, and how far back they look
+    python eval.py --task cmmlu --questions cmmlu     # a benchmark from its published folder: see tasks.py
 
 loss         nats per token
 perplexity   exp(loss)
@@ -25,11 +26,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import tasks
 from model import Config, Decoder, choose_device, cross_entropy
 from prepare import TokenData, targets_of
-from sources import file_sha256
 from tokenizer import load_tokenizer
 
+TASK_FLAGS = ("questions", "split", "shots", "score", "out")
 MAX_TOKENS = 1 << 20  # enough for bits per byte to be sure in the third decimal
 
 
@@ -46,19 +48,38 @@ def get_args(argv=None):
     what.add_argument("--leak", action="store_true", help="teacher-forced against honest against cached loss")
     what.add_argument("--noise", action="store_true", help="no checkpoint: what each dispatch learns from random tokens")
     what.add_argument("--routing", action="store_true", help="show the Soft MoE at work on --prompt")
+    what.add_argument("--task", choices=tasks.TASKS, help="score a benchmark")
+    parser.add_argument("--questions", help="folder of the --task, as published")
+    parser.add_argument("--split", help="of the --task (default: val for ceval, whose test has no answers, else test)")
+    parser.add_argument("--shots", type=int, help="examples before each question of the --task (default: 5; chat: none)")
+    parser.add_argument("--score", choices=("letter", "continuation", "chat", "generate"), help="how a --task is answered: see tasks.py")
+    parser.add_argument("--out", help="with --task: write every answer into this .jsonl")
     parser.add_argument("--prompt", help="text for --routing")
-    parser.add_argument("--png", help="with --routing: draw it into this file too (needs matplotlib)")
+    parser.add_argument("--png", help="with --routing or --task: draw it into this file too (needs matplotlib)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     args = parser.parse_args(argv)
-    if args.routing and (args.data or args.text):
-        parser.error("--routing shows --prompt: leave --data and --text out")
+    if (args.routing or args.task) and (args.data or args.text):
+        parser.error("--routing shows --prompt, --task asks its --questions: leave --data and --text out")
     if args.noise and (args.data or args.text or args.checkpoints != ["out"] or args.device != "auto"):
         parser.error("--noise draws its own tokens and trains its own models on the CPU: leave everything else out")
-    for name in ("png", "prompt"):
-        if getattr(args, name) is not None and not args.routing:
-            parser.error(f"--{name} goes with --routing")
-    if args.png and not (Path(args.png).suffix == ".png" and Path(args.png).absolute().parent.is_dir()):
-        parser.error(f"--png {args.png}: expected a name ending in .png in a folder that exists")
+    for name, modes in (("prompt", ("routing",)), ("png", ("routing", "task")), *((name, ("task",)) for name in TASK_FLAGS)):
+        if getattr(args, name) is not None and not any(getattr(args, mode) for mode in modes):
+            parser.error(f"--{name} goes with " + " or ".join(f"--{mode}" for mode in modes))
+    for name, suffix in (("png", ".png"), ("out", ".jsonl")):
+        path = getattr(args, name)
+        if path and not (Path(path).suffix == suffix and Path(path).absolute().parent.is_dir()):
+            parser.error(f"--{name} {path}: expected a name ending in {suffix} in a folder that exists")
+    if args.task:
+        scores = ("generate", "chat") if args.task == "gsm8k" else ("letter", "continuation", "chat")
+        args.score = args.score or scores[0]
+        if args.questions is None:
+            parser.error(f"--task {args.task} needs --questions: the folder with its files")
+        if args.score not in scores:
+            parser.error(f"--score {args.score}: expected {' or '.join(scores)} for {args.task}")
+        if args.shots is None:
+            args.shots = 0 if args.score == "chat" else 5
+        if args.shots < 0 or args.shots and args.score == "chat":
+            parser.error(f"--shots {args.shots}: expected 0 or more, and none with --score chat")
     return args
 
 
@@ -273,14 +294,9 @@ def print_routing(model, tokenizer, prompt, png):
 
 def draw_routing(shares, distance, pieces, path):
     """Two pictures a layer: the share of each expert in each token, and how many tokens each slot looks back there."""
-    try:
-        import matplotlib
+    plt = tasks.pyplot()
+    from matplotlib.font_manager import fontManager
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        from matplotlib.font_manager import fontManager
-    except ImportError:
-        raise SystemExit("--png needs matplotlib: pip install matplotlib")
     chinese = {"Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans CN", "WenQuanYi Micro Hei", "SimHei", "PingFang SC"}
     fonts = sorted(chinese & {font.name for font in fontManager.ttflist})
     if fonts:
@@ -299,11 +315,21 @@ def draw_routing(shares, distance, pieces, path):
     print(f"drawn: {path}")
 
 
+def data_of(checkpoint):
+    """The prepared folder that a checkpoint was trained on, as its state.json says."""
+    try:
+        return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["args"]["data"]
+    except FileNotFoundError:
+        raise SystemExit(f"{checkpoint} has no state.json, which names the data it was trained on: give --data, --text or --task")
+
+
 def main(argv=None):
     args = get_args(argv)
     device = choose_device(args.device)
     if args.noise:
         return print_noise()
+    if args.task:
+        return tasks.run(args, device)
     for i, given in enumerate(args.checkpoints):
         model = Decoder.load(given).to(device)
         path, config, tokenizer = model.checkpoint, model.config, load_tokenizer(model.checkpoint)
@@ -313,11 +339,8 @@ def main(argv=None):
         if args.text:
             blocks = text_blocks(args.text, tokenizer, config.block_size)
         else:
-            if not args.data and not (path / "state.json").exists():
-                raise SystemExit(f"{path} does not say what it was trained on: give --data or --text")
-            data = args.data or json.loads((path / "state.json").read_text(encoding="utf-8"))["args"]["data"]
-            blocks = TokenData(data, "val", config.block_size)
-            if blocks.manifest["tokenizer"]["sha256"] != file_sha256(tokenizer.path):
+            blocks = TokenData(args.data or data_of(path), "val", config.block_size)
+            if load_tokenizer(blocks.path).content != tokenizer.content:
                 raise SystemExit(f"{blocks.path} was prepared with another tokenizer than {path}: score its text with --text")
         if args.leak:
             print_leak(model, blocks, tokenizer.token_bytes, device)

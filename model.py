@@ -13,6 +13,7 @@ Shapes: B batch, T time, D width (d_model), H heads, G key/value heads, K head d
         E experts, P slots per expert, S = E * P slots, W window, h hidden width of an expert.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -131,6 +132,14 @@ class Cache:
         self.v = torch.zeros(kv_shape, device=device, dtype=dtype)
         back = config.window - 1 if config.ffn == "soft_moe" and config.dispatch == "causal" else 0
         self.recent = torch.zeros(config.n_layer, batch, back, config.d_model, device=device, dtype=dtype)
+
+    def repeat(self, batch, max_len):
+        """This cache of one text for a batch of texts that all begin with it, of max_len positions at most."""
+        cache = copy.copy(self)
+        cache.max_len, cache.start = max_len, self.start.repeat(batch, 1)
+        cache.k, cache.v = (F.pad(a, (0, 0, 0, max_len - self.max_len)).repeat(1, batch, 1, 1, 1) for a in (self.k, self.v))
+        cache.recent = self.recent.repeat(1, batch, 1, 1)
+        return cache
 
 
 class Attention(nn.Module):

@@ -372,7 +372,7 @@ def is_bad(loss, norm, recent):
 # Checkpoints
 
 
-def save_checkpoint(final, state, weights, optimizer_states, tokenizer_file, args):
+def save_checkpoint(final, state, weights, optimizer_states, tokenizer, args):
     """Write the checkpoint of a step under a temporary name, flush it to the disk, rename it; then remove old ones."""
     run, temporary = final.parent, final.with_name("." + final.name)
     for path in run.glob(".step-*"):  # of a run that was killed while it saved
@@ -381,7 +381,7 @@ def save_checkpoint(final, state, weights, optimizer_states, tokenizer_file, arg
     for name, tensors in (("model.pt", weights), ("optimizer.pt", optimizer_states)):
         with open(temporary / name, "wb") as file:
             torch.save(tensors, file)
-    shutil.copyfile(tokenizer_file, temporary / tokenizer_file.name)
+    (temporary / tokenizer.FILE).write_bytes(tokenizer.content)
     (temporary / "state.json").write_text(json.dumps(state, indent=1, ensure_ascii=False), encoding="utf-8")
     hashes = {}
     for path in sorted(temporary.iterdir()):
@@ -526,7 +526,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     origin = Decoder.load(args.init_from) if args.init_from and not checkpoint else None
     base = Config(**state["config"]) if checkpoint else origin.config if origin else PRESETS[args.preset]
-    if origin and load_tokenizer(origin.checkpoint).token_bytes != tokenizer.token_bytes:
+    if origin and load_tokenizer(origin.checkpoint).content != tokenizer.content:
         raise SystemExit(f"--init-from {origin.checkpoint}: another tokenizer: prepare the data with --tokenizer {origin.checkpoint}")
     given = given_fields(args) | {"reset_id": tokenizer.eos_id if args.reset_at_eos else -1}
     config = replace(base, **given, **({} if checkpoint or origin else {"vocab_size": tokenizer.embedding_rows}))
@@ -663,12 +663,13 @@ def main(argv=None):
         return from_rank_0(rank == 0 and write(*tensors))
 
     def write(weights, optimizer_states):
-        values = {"step": step, "phases": phases, "seconds": seconds, "skipped": skipped, "in_a_row": in_a_row, "recent": recent,
+        chat = sum(part["tokens"] for part in data.shards if "mask" in part["sha256"])
+        values = {"chat": 2 * chat > sum(part["tokens"] for part in data.shards), "step": step, "phases": phases, "seconds": seconds, "skipped": skipped, "in_a_row": in_a_row, "recent": recent,
                   "config": asdict(config), "args": vars(args) | {"resume": False}, "shards": shards, "machine": machine}  # fmt: skip
         final = run / f"step-{step:08d}"
         try:
             os.fsync(metrics.fileno())
-            save_checkpoint(final, values, weights, optimizer_states, tokenizer.path, args)
+            save_checkpoint(final, values, weights, optimizer_states, tokenizer, args)
         except (OSError, RuntimeError) as error:
             shutil.rmtree(final.with_name("." + final.name), ignore_errors=True)
             reason = error if isinstance(error, OSError) else error.__context__ or error  # torch.save hides the error of a full disk

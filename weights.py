@@ -389,7 +389,7 @@ def main(argv=None):
     model = Decoder.load(args.checkpoint)
     tokenizer, config = load_tokenizer(model.checkpoint), model.config
     files = {name: text.encode("utf-8") for name, text in tokenizer.transformers_files().items()}
-    files[tokenizer.path.name] = tokenizer.path.read_bytes()
+    files[tokenizer.FILE] = tokenizer.content
     ends = {"bos_token_id": tokenizer.eos_id, "eos_token_id": [tokenizer.eos_id, tokenizer.chat_end_id]}
     export(model, args.export, files, ends, range(tokenizer.vocab_size, config.vocab_size))
     kind = architecture(config)

@@ -205,7 +205,7 @@ def chat_run(tmp_path_factory):
 @torch.no_grad()
 def test_a_chat_at_a_terminal(chat_run):
     """Two turns, of which Ctrl-C ends the second, a third one that knows both, Ctrl-D; greedy, so that the answers are known."""
-    flags = "--chat --system 你是诗人。 --temperature 0 --repetition-penalty 1.3 --max-new-tokens 300".split()
+    flags = "--system 你是诗人。 --temperature 0 --repetition-penalty 1.3 --max-new-tokens 300".split()
     process, terminal = pty.fork()
     if process == 0:
         os.chdir(ROOT)
