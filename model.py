@@ -14,20 +14,18 @@ Shapes: B batch, T time, D width (d_model), H heads, G key/value heads, K head d
 """
 
 import copy
-import hashlib
 import json
 import math
-import os
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from pickle import UnpicklingError  # what torch.load raises at code in a file; nothing here is unpickled
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
+
+from checkpoint import newest_checkpoint, read_tensors
 
 # ---------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -534,14 +532,6 @@ class Decoder(nn.Module):
         return model
 
 
-def read_tensors(path, device="cpu"):
-    """What torch.save wrote, if it is nothing but tensors in dicts and lists; code in it is refused, not run."""
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (UnpicklingError, RuntimeError) as error:
-        raise SystemExit(f"{path} is not a file of tensors ({str(error).splitlines()[0]}): use another checkpoint")
-
-
 def choose_device(name):
     """--device: auto is the best there is; one that is not there is refused."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -550,48 +540,6 @@ def choose_device(name):
     if not there[name]:
         raise SystemExit(f"--device {name}: there is none here; expected one of {', '.join(d for d in there if there[d])}")
     return name
-
-
-def newest_checkpoint(path):
-    """The checkpoint to read: path itself, the newest of a run directory, or the newest of all runs under path.
-
-    A checkpoint whose files do not have the hashes in its sha256.json is passed over, and said so.
-    """
-    path = Path(path)
-    if (path / "sha256.json").exists() or path.name.startswith("step-"):
-        found = [path]
-    else:
-        found = sorted(path.glob("step-*"), reverse=True)
-        found = found or sorted(path.glob("*/step-*"), key=lambda p: (p.stat().st_mtime, p.name), reverse=True)
-    for step_dir in found:
-        if problem := checkpoint_problem(step_dir):
-            print(f"passed over {step_dir}: {problem}", file=sys.stderr)
-        else:
-            return step_dir
-    whole = "whole " if found else ""
-    raise SystemExit(f"no {whole}checkpoint in {path}: train one with python train.py, or give its directory")
-
-
-def checkpoint_problem(path):
-    """None if every file of a checkpoint has its recorded sha256, else what is wrong."""
-    try:
-        content = (path / "sha256.json").read_text(encoding="utf-8")
-        if not content:
-            return "sha256.json is empty"
-        recorded = json.loads(content)
-        if not {"model.pt", "optimizer.pt", "state.json"} <= recorded.keys():
-            return "sha256.json is damaged"
-        for name, sha256 in recorded.items():
-            with open(path / name, "rb") as file:
-                if not os.fstat(file.fileno()).st_size:
-                    return f"{name} is empty"
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    return f"{name} is damaged"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (ValueError, AttributeError):
-        return "sha256.json is damaged"
-    return None
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ GSM8K (2110.14168).
 """
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import Decoder
-from sample import generate, until
+from sample import generate
 from sources import write_atomically
 from tokenizer import load_tokenizer
 
@@ -287,20 +288,20 @@ def log_likelihoods(model, prompts, options):
 
 def continue_greedily(model, tokenizer, prompts, max_new_tokens):
     """Yield the text that follows each prompt, a list of ids."""
-    stops = torch.tensor([tokenizer.eos_id, tokenizer.chat_end_id], device=model.embedding.device)
+    device, stops = model.embedding.device, (tokenizer.eos_id, tokenizer.chat_end_id, -1)  # -1: the context is full
     batch = max(1, BATCH_TOKENS // (max(map(len, prompts)) + max_new_tokens)) if model.has_cache else 1
     for start in range(0, len(prompts), batch):
         some = prompts[start : start + batch]
         width = max(map(len, some))
-        ids = torch.tensor([[-1] * (width - len(prompt)) + prompt for prompt in some], device=stops.device)
-        new, ended = [], torch.zeros(len(some), dtype=torch.bool, device=stops.device)
+        ids = torch.tensor([[-1] * (width - len(prompt)) + prompt for prompt in some], device=device)
+        new, ended = [], torch.zeros(len(some), dtype=torch.bool, device=device)
         for step in generate(model, ids, max_new_tokens, tokenizer.vocab_size, temperature=0):
             new.append(step)
-            ended |= torch.isin(step, stops)
+            ended |= torch.isin(step, torch.tensor(stops, device=device))
             if ended.all():
                 break
         for row in torch.stack(new, dim=1).tolist():
-            yield tokenizer.decode(until(row, stops.tolist()))
+            yield tokenizer.decode(itertools.takewhile(lambda i: i not in stops, row))
 
 
 def letter_in(text):

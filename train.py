@@ -32,11 +32,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from checkpoint import newest_checkpoint, open_metrics, read_tensors, save_checkpoint
 from eval import MAX_TOKENS, evaluate
-from model import CHOICES, PRESETS, Config, Decoder, choose_device, newest_checkpoint, read_tensors
+from model import CHOICES, PRESETS, Config, Decoder, choose_device
 from prepare import TokenData, prepare, targets_of
 from sample import generate
-from sources import write_atomically
 from tokenizer import load_tokenizer
 
 DEFAULT_DATA = "data/default"
@@ -366,54 +366,6 @@ def is_bad(loss, norm, recent):
     if not (math.isfinite(loss) and math.isfinite(norm)):
         return True
     return len(recent) == WINDOW and loss > np.mean(recent) + SPIKE * np.std(recent)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-def save_checkpoint(final, state, weights, optimizer_states, tokenizer, args):
-    """Write the checkpoint of a step under a temporary name, flush it to the disk, rename it; then remove old ones."""
-    run, temporary = final.parent, final.with_name("." + final.name)
-    for path in run.glob(".step-*"):  # of a run that was killed while it saved
-        shutil.rmtree(path)
-    temporary.mkdir(parents=True)
-    for name, tensors in (("model.pt", weights), ("optimizer.pt", optimizer_states)):
-        with open(temporary / name, "wb") as file:
-            torch.save(tensors, file)
-    (temporary / tokenizer.FILE).write_bytes(tokenizer.content)
-    (temporary / "state.json").write_text(json.dumps(state, indent=1, ensure_ascii=False), encoding="utf-8")
-    hashes = {}
-    for path in sorted(temporary.iterdir()):
-        with open(path, "rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-    with open(temporary / "sha256.json", "w", encoding="utf-8") as file:
-        json.dump(hashes, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
-    descriptor = os.open(run, os.O_RDONLY)  # the rename itself must reach the disk before an older checkpoint goes
-    os.fsync(descriptor)
-    os.close(descriptor)
-    # A later one is here only if it was passed over as damaged: it does not count, and the run will come by and replace it.
-    for path in sorted(path for path in run.glob("step-*") if path.name <= final.name)[: -args.keep]:
-        if not args.keep_every or int(path.name[5:]) % args.keep_every:
-            shutil.rmtree(path)
-
-
-def open_metrics(path, step):
-    """The metrics file, opened for appending after a step, and the last step it has been evaluated at; what was written beyond goes."""
-    kept, evaluated = [], 0
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.endswith("}") and (values := json.loads(line))["step"] <= step:
-                kept.append(line + "\n")
-                evaluated = values["step"] if "val_loss" in values else evaluated
-        write_atomically(path, "".join(kept).encode("utf-8"))
-    return open(path, "a", encoding="utf-8"), evaluated
 
 
 def difference(then, now):

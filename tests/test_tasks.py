@@ -12,11 +12,12 @@ from test_model import CAUSAL_KINDS, small
 
 import tasks
 from eval import data_of
-from model import Config, Decoder, hugging_face_tensors
-from sample import generate, until
+from model import Config, Decoder
+from sample import generate
 from sources import fetch_qwen
 from tasks import TASKS, Subject, ask, continue_greedily, last_number, letter_ids, letter_in, log_likelihoods, pose, read_subjects
 from tokenizer import load_tokenizer, train_sentencepiece
+from weights import hugging_face_tensors
 
 HEADERS = {"ceval": ["id", "question", *"ABCD", "answer"], "cmmlu": ["", "Question", *"ABCD", "Answer"], "mmlu": None}
 ROWS = [["字的偏旁，\n何者为水？", "江", "None", "NA", "null", "A"], ["1+1=?", "1", "0.50", "2", '"二", 两', "C"]]
@@ -212,7 +213,7 @@ def test_greedy_answers_in_a_batch_are_those_alone(small_data):
         assert together == alone and len(set(alone)) == 3 and all(alone)
     ids = [i.item() for i in generate(model, torch.tensor(prompts[:1]), 12, tokenizer.vocab_size, temperature=0)]
     tokenizer.chat_end_id = next(i for i in ids if i != ids[0])
-    assert next(continue_greedily(model, tokenizer, prompts[:1], 12)) == tokenizer.decode(until(ids, {tokenizer.chat_end_id})) != alone[0]
+    assert next(continue_greedily(model, tokenizer, prompts[:1], 12)) == tokenizer.decode(ids[: ids.index(tokenizer.chat_end_id)]) != alone[0]
 
 
 def test_letters_and_numbers_are_found_in_answers():

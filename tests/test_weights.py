@@ -220,7 +220,7 @@ def test_the_command_exports_what_sample_and_eval_read(small_data, tmp_path):
         "sample.py", tmp_path / "b", "--prompt", "却说", "--temperature", 0, "--max-new-tokens", 10
     ).stdout  # fmt: skip
     assert str(tmp_path / "b") in call("eval.py", tmp_path / "b", "--text", tmp_path / "text.txt").stdout
-    refused(call("eval.py", tmp_path / "b", ok=False), tmp_path / "b", "give --data or --text")
+    refused(call("eval.py", tmp_path / "b", ok=False), tmp_path / "b", "give --data, --text or --task")
     refused(call("weights.py", tmp_path / "a", "--export", tmp_path / "b", ok=False), tmp_path / "b", "not empty")
 
 
