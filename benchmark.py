@@ -135,13 +135,14 @@ def print_plan(config, args, mfu=0.4, tera=312):
     activations = live.most - 4 * model.head_weight.numel()  # the head's gradient is made in forward; all gradients are counted below
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
     others, flops = model.n_params() - sum(blocks), model.flops_per_token(T)
+    bytes_of = {p: 12 if id(p) in by_muon else 16 for p in model.parameters()}
+    whole = sum(n * p.numel() for p, n in bytes_of.items())
     print(f"{model.n_params():,} parameters, {flops / 1e9:.2f} GFLOP a token. Computed from shapes; nothing was run on a GPU.")
-    print(f"A parameter takes 4 bytes, its gradient 4, its state 4 (Muon) or 8 (AdamW); what else a micro-batch of {B} x {T} tokens needs: {activations / 1e9:.1f} GB.")
+    print(f"A parameter takes 4 bytes, its gradient 4, its state 4 (Muon) or 8 (AdamW): {whole / model.n_params():.1f} on average.")
+    print(f"What else a micro-batch of {B} x {T} tokens needs, eager: {activations / 1e9:.1f} GB.")
     print(f"GPUs   GB on each   with --shard   tokens/s at {mfu:.0%} of {tera} TFLOP/s")
     for world in (1, 2, 4, 8, 16, 32, 64):
-        held = lambda p, n: n * (12 if id(p) in by_muon else 16)
-        whole = sum(held(p, p.numel()) for p in model.parameters())
-        share = sum(held(p, p.numel() // p.shape[d] * -(-p.shape[d] // world)) for p in model.parameters() for d in [cut_dim(p, world)])
+        share = sum(n * p.numel() // p.shape[d] * -(-p.shape[d] // world) for p, n in bytes_of.items() for d in [cut_dim(p, world)])
         copies = 2 * (max(blocks) if args.recompute else sum(blocks))  # in bf16, by autocast
         # Put together at one time: embedding, head and their gradients; in bf16 a block at work, the next one, and a gradient, which is summed in fp32.
         together = 8 * others + (2 + 2 + 2 + 4) * max(blocks)

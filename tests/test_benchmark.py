@@ -64,7 +64,7 @@ def test_the_plan_of_a_model_counts_what_each_process_holds():
     said = call("train.py", *"--dry-run --preset steel-1b --micro-batch 1 --recompute".split()).stdout
     block = sum(p.numel() for p in Decoder(replace(PRESETS["steel-1b"], n_layer=1)).blocks.parameters())
     assert said.startswith(f"{18 * block + 2 * 151_936 * 1792 + 1792:,} parameters")
-    rows = [line.split() for line in said.splitlines()[3:]]
+    rows = [line.split() for line in said.splitlines()[4:]]
     assert [int(row[0]) for row in rows] == [1, 2, 4, 8, 16, 32, 64] and len({row[1] for row in rows}) == 1
     shared = [float(row[2]) for row in rows[1:]]
     assert shared == sorted(shared, reverse=True)

@@ -39,7 +39,7 @@ def test_another_command_of_the_readme_runs(command, fresh, first_run):
     (fresh / "more.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in chapters[20:24]), encoding="utf-8")
     if "--resume" in command:
         command += " --steps 5"  # two more than the run has done
-    elif "train.py" in command:
+    elif "train.py" in command and "--dry-run" not in command:
         command += " --n-layer 1 --d-model 32 --eval-tokens 1000 --no-compile --steps 3"
     if "prepare.py" in command:
         command += " --vocab-size 4000"
@@ -51,5 +51,7 @@ def test_another_command_of_the_readme_runs(command, fresh, first_run):
         env={**os.environ, "PATH": bin_folder + os.pathsep + os.environ["PATH"]},
     )  # fmt: skip
     assert result.returncode == 0, command + "\n" + result.stdout + result.stderr
-    if "train.py" in command:
+    if "--dry-run" in command:
+        assert result.stdout.startswith("1,122,923,202 parameters, 5.50 GFLOP a token.")
+    elif "train.py" in command:
         assert f"done: step {5 if '--resume' in command else 3}, val loss " in result.stdout

@@ -9,8 +9,8 @@ import torch
 from conftest import ROOT, TINY, call, refused
 from test_model import CAUSAL_KINDS, small
 
-from eval import characters, evaluate, leak, noise_loss, routing, text_blocks
 from checkpoint import newest_checkpoint
+from eval import characters, evaluate, leak, noise_loss, routing, text_blocks
 from model import Config
 from tokenizer import load_tokenizer
 
