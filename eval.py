@@ -337,7 +337,7 @@ def main(argv=None):
             print_routing(model, tokenizer, args.prompt or "却说曹操引兵渡河，正遇关公。", args.png)
             continue
         if args.text:
-            blocks = text_blocks(args.text, tokenizer, config.block_size)
+            blocks = text_blocks(args.text, tokenizer, min(config.block_size, 2048))  # Hugging Face's contexts are for generation
         else:
             blocks = TokenData(args.data or data_of(path), "val", config.block_size)
             if load_tokenizer(blocks.path).content != tokenizer.content:

@@ -153,6 +153,11 @@ def generate(
         unread = ids if cache is None else new[:, None]
 
 
+def what_stands_in_front(model, tokenizer):
+    """Of a prompt: in our training a document begins behind the end of another. Other programs put nothing in front of a text."""
+    return [tokenizer.eos_id] if (model.checkpoint / "state.json").exists() else []
+
+
 def until(ids, stop_ids, taken):
     """The ids before the first of stop_ids; each is noted in the list taken."""
     for i in ids:
@@ -235,18 +240,18 @@ def trained_to_chat(checkpoint):
     return state.exists() and json.loads(state.read_text(encoding="utf-8")).get("chat", False)
 
 
-def chat_ids(tokenizer, messages):
-    """The ids of a conversation up to the answer. It begins as a document does in training, behind an end of text."""
-    return [tokenizer.eos_id, *tokenizer.encode_chat(messages, open_turn=True)[0]]
+def chat_ids(tokenizer, messages, front):
+    """The ids of a conversation up to the answer."""
+    return front + tokenizer.encode_chat(messages, open_turn=True)[0]
 
 
-def fit(tokenizer, messages, limit):
+def fit(tokenizer, messages, front, limit):
     """Messages, of which the last is a question, without as many of the oldest pairs as it takes to get to limit tokens.
 
     The system turn and the last question stay in any case.
     """
     first = int(messages[0]["role"] == "system")
-    while len(chat_ids(tokenizer, messages)) > limit and len(messages) > first + 1:
+    while len(chat_ids(tokenizer, messages, front)) > limit and len(messages) > first + 1:
         messages = messages[:first] + messages[first + 2 :]
     return messages
 
@@ -257,7 +262,7 @@ def converse(model, tokenizer, messages, args, generator):
         import readline  # noqa: F401  keys to edit the line of input() with
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin.reconfigure(errors="replace")
-    context = model.config.block_size
+    context, front = model.config.block_size, what_stands_in_front(model, tokenizer)
     print(f"{model.checkpoint}: Ctrl-C ends an answer, Ctrl-D the chat")
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
@@ -265,8 +270,8 @@ def converse(model, tokenizer, messages, args, generator):
             if not question.strip():
                 continue
             asked = [*messages, {"role": "user", "content": question}]
-            kept = fit(tokenizer, asked, context - min(args.max_new_tokens, context // 2))
-            ids = chat_ids(tokenizer, kept)
+            kept = fit(tokenizer, asked, front, context - min(args.max_new_tokens, context // 2))
+            ids = chat_ids(tokenizer, kept, front)
             if len(ids) > context:
                 print(f"(with this question there are {len(ids)} tokens, the model's context is {context}: shorten it)", file=sys.stderr)
                 continue
@@ -289,15 +294,15 @@ def main(argv=None):
     if args.system is not None and not chat:
         raise SystemExit(f"--system {args.system}: {model.checkpoint} continues text, which has no such turn: add --chat")
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    texts = args.prompts
+    texts, front = args.prompts, what_stands_in_front(model, tokenizer)
     if not texts and not sys.stdin.isatty():
         texts = [prompt_of(sys.stdin.buffer.read(), "standard input")]
     if chat and not texts:
         return converse(model, tokenizer, system, args, generator)
     if chat:
-        prompts = [chat_ids(tokenizer, [*system, {"role": "user", "content": text}]) for text in texts]
+        prompts = [chat_ids(tokenizer, [*system, {"role": "user", "content": text}], front) for text in texts]
     else:
-        prompts = [[tokenizer.eos_id, *tokenizer.encode(text)] for text in texts or [""]]
+        prompts = [front + tokenizer.encode(text) or [tokenizer.eos_id] for text in texts or [""]]
     if (longest := max(map(len, prompts))) > model.config.block_size:
         raise SystemExit(f"the prompt has {longest} tokens, the model's context is {model.config.block_size}: shorten it")
     prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import Decoder
-from sample import generate
+from sample import chat_ids, generate, what_stands_in_front
 from sources import write_atomically
 from tokenizer import load_tokenizer
 
@@ -316,15 +316,15 @@ def last_number(text):
     return format(Decimal(numbers[-1].replace(",", "")).normalize(), "f") if numbers else None
 
 
-def pose(tokenizer, task, score, subject, context):
+def pose(tokenizer, task, score, subject, context, front):
     """-> [(question, ids of its prompt, number of shots, options as ids)] of a Subject, for a model with a context of so many tokens.
 
-    A prompt begins a document, or a conversation. One that does not fit in without shots is None, and so is its number of shots.
+    front: ids in front of every prompt. One that does not fit in without shots is None, and so is its number of shots.
     """
     encode = {
-        "letter": lambda text: [tokenizer.eos_id, *tokenizer.encode(text + task.space + "A")[:-1]],
-        "chat": lambda text: tokenizer.encode_chat([{"role": "user", "content": text}], open_turn=True)[0],
-    }.get(score, lambda text: [tokenizer.eos_id, *tokenizer.encode(text)])
+        "letter": lambda text: front + tokenizer.encode(text + task.space + "A")[:-1],
+        "chat": lambda text: chat_ids(tokenizer, [{"role": "user", "content": text}], front),
+    }.get(score, lambda text: front + tokenizer.encode(text))
     header, listed = "" if score == "chat" else task.header.format(subject.name), score != "continuation"
     shots = [render(task, q, listed, q.answer if score == "letter" else q.solution) for q in subject.examples]
     letters = letter_ids(tokenizer, task) if score == "letter" else []
@@ -342,11 +342,11 @@ def new_tokens(task, context):
     return min(task.new_tokens, context // 4)
 
 
-def ask(model, tokenizer, task, score, subject):
+def ask(model, tokenizer, task, score, subject, front=()):
     """Yield (question, number of shots, {measure: answer or None}, {"nats" or "text": what it rests on}) for the questions of a Subject."""
     measures = ("plain", "per character", "per byte") if score == "continuation" else (score,)
     groups = {}  # by the number of shots: prompts with equally many begin alike
-    for posed in pose(tokenizer, task, score, subject, model.config.block_size):
+    for posed in pose(tokenizer, task, score, subject, model.config.block_size, list(front)):
         groups.setdefault(posed[2], []).append(posed)
     for shown, group in groups.items():
         questions, prompts, _, options = zip(*group)
@@ -458,7 +458,7 @@ def run(args, device):
         mine = []
         with tqdm(total=len(questions), desc=args.task, unit="question", disable=None) as bar:
             for name, subject in subjects.items():
-                for question, shots, predicted, why in ask(model, tokenizer, task, args.score, subject):
+                for question, shots, predicted, why in ask(model, tokenizer, task, args.score, subject, what_stands_in_front(model, tokenizer)):
                     if question.options:
                         longest = LETTERS[max(range(4), key=lambda j: len(question.options[j]))]
                         predicted |= {"longest option": longest, f"always {constant}": constant}

@@ -177,10 +177,10 @@ def test_a_chat_that_is_too_long_loses_its_oldest_pairs_and_never_the_system_tur
     turns = [{"role": role, "content": f"{role}{n}"} for n in range(4) for role in ("user", "assistant")][:-1]
     for system in ([], [{"role": "system", "content": "诗人"}]):
         shorter = [[*system, *turns[2 * n :]] for n in range(4)]  # what may become of it
-        lengths = [len(chat_ids(tokenizer, messages)) for messages in shorter]
+        lengths = [len(chat_ids(tokenizer, messages, [])) for messages in shorter]
         for limit in range(lengths[0] + 2):
             fitting = [messages for messages, length in zip(shorter, lengths) if length <= limit]
-            assert fit(tokenizer, shorter[0], limit) == (fitting[0] if fitting else shorter[-1])
+            assert fit(tokenizer, shorter[0], [], limit) == (fitting[0] if fitting else shorter[-1])
 
 
 def test_what_a_model_was_trained_for_is_read_from_its_state(tmp_path):
@@ -231,7 +231,7 @@ def test_a_chat_at_a_terminal(chat_run):
     messages = [{"role": "system", "content": "你是诗人。"}]
 
     def pieces(messages):
-        ids = torch.tensor([chat_ids(tokenizer, messages)])
+        ids = torch.tensor([chat_ids(tokenizer, messages, [tokenizer.eos_id])])
         new = (i.item() for i in generate(model, ids, 300, tokenizer.vocab_size, temperature=0, repetition_penalty=1.3))
         return list(tokenizer.stream(until(new, {tokenizer.eos_id, tokenizer.chat_end_id}, [])))
 
@@ -270,7 +270,7 @@ def test_a_chat_at_a_terminal(chat_run):
 def test_a_chat_with_prompts_answers_each_and_is_the_template(chat_run):
     sample = lambda *flags: call("sample.py", chat_run, "--temperature", 0, "--max-new-tokens", 20, *flags).stdout.splitlines()[1:]
     tokenizer = load_tokenizer(Decoder.load(chat_run).checkpoint)
-    model, ids = Decoder.load(chat_run), torch.tensor([chat_ids(tokenizer, [{"role": "user", "content": "你好"}])])
+    model, ids = Decoder.load(chat_run), torch.tensor([chat_ids(tokenizer, [{"role": "user", "content": "你好"}], [tokenizer.eos_id])])
     new = [i.item() for i in generate(model, ids, 20, tokenizer.vocab_size, temperature=0)]
     assert "\n".join(sample("--chat", "--prompt", "你好")) == tokenizer.decode(new)
     assert sample("--no-chat", "--prompt", "你好")[0].startswith("你好")

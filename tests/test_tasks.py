@@ -68,15 +68,15 @@ def test_a_published_folder_becomes_the_prompt_to_the_letter(task, name, qwen, t
     folder = folder_of(tmp_path, task, name)
     subject = read_subjects(task, folder, TASKS[task].split, 1)[name]
     assert subject.categories == ["Humanities"] and [q.answer for q in subject.questions] == ["A", "C"]
-    _, (_, ids, shown, letters) = pose(qwen, TASKS[task], "letter", subject, 2048)
+    _, (_, ids, shown, letters) = pose(qwen, TASKS[task], "letter", subject, 2048, [qwen.eos_id])
     assert qwen.decode(ids[1:]) == PROMPTS[task] and ids[0] == qwen.eos_id and shown == 1
     assert [qwen.decode(letter) for letter in letters] == [TASKS[task].space + letter for letter in "ABCD"]
-    _, (_, ids, _, options) = pose(qwen, TASKS[task], "continuation", subject, 2048)  # the same without the options
+    _, (_, ids, _, options) = pose(qwen, TASKS[task], "continuation", subject, 2048, [qwen.eos_id])  # the same without the options
     expected = PROMPTS[task].replace("\nA. 江\nB. None\nC. NA\nD. null", "").replace('\nA. 1\nB. 0.50\nC. 2\nD. "二", 两', "")
     opening, space = TASKS[task].opening, TASKS[task].space
     assert qwen.decode(ids[1:]) == expected.replace(f"{opening}{space}A", f"{opening}{space}江")
     assert [qwen.decode(option) for option in options] == [space + option for option in ROWS[1][1:5]]
-    _, (_, ids, _, _) = pose(qwen, TASKS[task], "chat", Subject(*subject[:3], []), 2048)
+    _, (_, ids, _, _) = pose(qwen, TASKS[task], "chat", Subject(*subject[:3], []), 2048, [])
     user = '以下是一道单选题:\n1+1=?\n\nA. 1\nB. 0.50\nC. 2\nD. "二", 两\n请给出答案。\n'
     assert ids == qwen.encode_chat([{"role": "user", "content": user}], open_turn=True)[0]
 
@@ -90,7 +90,7 @@ def test_gsm8k_and_folders_like_cmmlu(qwen, tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     subject = read_subjects("gsm8k", tmp_path, "test", 1)["gsm8k"]
     assert [q.answer for q in subject.questions] == ["1200", "-1.5"]
-    _, (_, ids, _, _) = pose(qwen, TASKS["gsm8k"], "generate", subject, 2048)
+    _, (_, ids, _, _) = pose(qwen, TASKS["gsm8k"], "generate", subject, 2048, [qwen.eos_id])
     assert qwen.decode(ids[1:]) == f"Question: How many?\nAnswer: {lines[0]['answer']}\n\nQuestion: And now?\nAnswer:"
     for part in ("dev", "test"):  # ACLUE: the file's name is the subject's, and there is no index
         write_csv(tmp_path / part / "古音学.csv", "mmlu", ROWS, ["Question", *"ABCD", "Answer"])
@@ -107,11 +107,11 @@ def test_the_tables_of_subjects_are_whole():
 def test_too_long_a_prompt_drops_the_first_shots(qwen, tmp_path):
     examples = [[f"第{i}问", *"甲乙丙丁", "B"] for i in range(3)]
     subject = read_subjects("cmmlu", folder_of(tmp_path, "cmmlu", "arts", ROWS, examples), "test", 3)["arts"]
-    whole = pose(qwen, TASKS["cmmlu"], "letter", subject, 2048)
+    whole = pose(qwen, TASKS["cmmlu"], "letter", subject, 2048, [qwen.eos_id])
     for room, shots in ((len(whole[1][1]), 3), (len(whole[1][1]) - 1, 2), (60, 0), (20, None)):
-        _, ids, shown, _ = pose(qwen, TASKS["cmmlu"], "letter", subject, room)[1]
+        _, ids, shown, _ = pose(qwen, TASKS["cmmlu"], "letter", subject, room, [qwen.eos_id])[1]
         assert shown == shots and (ids is None or len(ids) <= room)
-    text = qwen.decode(pose(qwen, TASKS["cmmlu"], "letter", subject, len(whole[1][1]) - 1)[1][1][1:])
+    text = qwen.decode(pose(qwen, TASKS["cmmlu"], "letter", subject, len(whole[1][1]) - 1, [qwen.eos_id])[1][1][1:])
     header = "以下是关于艺术学的单项选择题，请直接给出正确答案的选项。\n\n"
     assert text.startswith(header + "题目：第1问") and "题目：第2问" in text
 
@@ -181,7 +181,7 @@ def test_log_likelihoods_are_those_of_transformers(small_data, tmp_path):
     rows = [[f"第{i}题，何者为{'大' * i}？", "江", "河水", f"{i}", "山高水长", "ABCD"[i % 4]] for i in range(7)]
     subject = read_subjects("cmmlu", folder_of(tmp_path, "cmmlu", "arts", rows, rows[:2]), "test", 2)["arts"]
     for score in ("letter", "continuation"):
-        prompts, options = zip(*((ids, options) for _, ids, _, options in pose(tokenizer, TASKS["cmmlu"], score, subject, 256)))
+        prompts, options = zip(*((ids, options) for _, ids, _, options in pose(tokenizer, TASKS["cmmlu"], score, subject, 256, [])))
         for prompt, choices, nats in zip(prompts, options, log_likelihoods(ours, prompts, options), strict=True):
             for option, value in zip(choices, nats, strict=True):
                 assert value == pytest.approx(alone(lambda ids: theirs(ids).logits, prompt, option), abs=1e-4)

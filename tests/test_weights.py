@@ -14,7 +14,7 @@ import torch.nn as nn
 import transformers
 from conftest import call, python, refused
 from test_model import SMALL, randomized, released_steel_layer
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from model import Decoder
 from sample import generate
@@ -214,11 +214,11 @@ def test_the_command_exports_what_sample_and_eval_read(small_data, tmp_path):
     assert "Qwen2MoeForCausalLM" in result.stdout
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
     assert theirs.generation_config.eos_token_id == [tokenizer.eos_id, tokenizer.chat_end_id]
-    prompt = torch.tensor([[tokenizer.eos_id, *tokenizer.encode("却说")]])
-    text = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=10, pad_token_id=0)[0]
-    assert "却说" + tokenizer.decode(text[prompt.shape[1] :].tolist()) in call(
+    their_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "b")
+    text = theirs.generate(**their_tokenizer("却说", return_tensors="pt", return_token_type_ids=False), do_sample=False, max_new_tokens=10)[0]
+    assert their_tokenizer.decode(text) + "\n" == call(
         "sample.py", tmp_path / "b", "--prompt", "却说", "--temperature", 0, "--max-new-tokens", 10
-    ).stdout  # fmt: skip
+    ).stdout.partition("\n")[2]  # fmt: skip
     assert str(tmp_path / "b") in call("eval.py", tmp_path / "b", "--text", tmp_path / "text.txt").stdout
     refused(call("eval.py", tmp_path / "b", ok=False), tmp_path / "b", "give --data, --text or --task")
     refused(call("weights.py", tmp_path / "a", "--export", tmp_path / "b", ok=False), tmp_path / "b", "not empty")
