@@ -1,11 +1,13 @@
 """The folder of a run: checkpoints, written whole or not at all and read if their hashes are right, and the log of its numbers.
 
-    out/RUN/metrics.jsonl
+    out/RUN/metrics.jsonl    a line for each step that is noted
     out/RUN/step-00000500/    model.pt  optimizer.pt  state.json  a tokenizer  sha256.json, which is written last
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -14,51 +16,96 @@ from pickle import UnpicklingError  # what torch.load raises at code in a file; 
 
 import torch
 
-from sources import write_atomically
+
+class Log:
+    """metrics.jsonl, a line of JSON for every step or evaluation that is noted. While it is open no other run can have the folder."""
+
+    def __init__(self, run):
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            self.path, self.unwritten = run / "metrics.jsonl", b""
+            self.file = open(self.path, "a+b", buffering=0)
+        except OSError as error:
+            raise SystemExit(f"{error.filename}: {error.strerror}: choose another --out, or make room")
+        with contextlib.suppress(ImportError):
+            import fcntl  # not on Windows
+
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise SystemExit(f"another run is at work in {run}: wait for it, end its processes, or choose another --out")
+
+    def cut(self, step):
+        """Remove what was written beyond a step; returns the last step that has been evaluated."""
+        evaluated, end = 0, 0
+        self.file.seek(0)
+        for line in self.file.read().splitlines(keepends=True):
+            try:
+                values = json.loads(line)
+                if values["step"] > step or not line.endswith(b"\n"):
+                    break
+            except (ValueError, KeyError, TypeError):  # half of a line, of a run that was killed
+                break
+            end += len(line)
+            evaluated = values["step"] if "val_loss" in values else evaluated
+        self.file.truncate(end)
+        return evaluated
+
+    def add(self, **values):
+        """Numbers that are none become null. What finds no room on the disk stays in .unwritten, for the next time."""
+        values = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self.unwritten += json.dumps(values).encode("utf-8") + b"\n"
+        with contextlib.suppress(OSError):
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
 
 
-def save_checkpoint(final, state, weights, optimizer_states, tokenizer, args):
-    """Write the checkpoint of a step under a temporary name, flush it to the disk, rename it; then remove old ones."""
+def save_checkpoint(final, state, weights, optimizer_states, tokenizer, keep, keep_every):
+    """Write the checkpoint of a step under a temporary name, flush it to the disk, rename it; then remove old ones.
+
+    state: JSON. OSError if there is no room: then the checkpoints before it are as they were.
+    """
     run, temporary = final.parent, final.with_name("." + final.name)
     for path in run.glob(".step-*"):  # of a run that was killed while it saved
         shutil.rmtree(path)
-    temporary.mkdir(parents=True)
-    for name, tensors in (("model.pt", weights), ("optimizer.pt", optimizer_states)):
-        with open(temporary / name, "wb") as file:
-            torch.save(tensors, file)
-    (temporary / tokenizer.FILE).write_bytes(tokenizer.content)
-    (temporary / "state.json").write_text(json.dumps(state, indent=1, ensure_ascii=False), encoding="utf-8")
-    hashes = {}
-    for path in sorted(temporary.iterdir()):
-        with open(path, "rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        temporary.mkdir()
+        for name, tensors in (("model.pt", weights), ("optimizer.pt", optimizer_states)):
+            with open(temporary / name, "wb") as file:
+                torch.save(tensors, file)
+        (temporary / tokenizer.FILE).write_bytes(tokenizer.content)
+        (temporary / "state.json").write_text(state, encoding="utf-8")
+        hashes = {}
+        for path in sorted(temporary.iterdir()):
+            with open(path, "rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+                os.fsync(file.fileno())
+        with open(temporary / "sha256.json", "w", encoding="utf-8") as file:
+            json.dump(hashes, file, indent=1)
+            file.flush()
             os.fsync(file.fileno())
-    with open(temporary / "sha256.json", "w", encoding="utf-8") as file:
-        json.dump(hashes, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
+        temporary.rename(final)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error.__context__, OSError):  # torch.save has an error of its own for a full disk
+            raise error.__context__
+        raise
     descriptor = os.open(run, os.O_RDONLY)  # the rename itself must reach the disk before an older checkpoint goes
     os.fsync(descriptor)
     os.close(descriptor)
-    # A later one is here only if it was passed over as damaged: it does not count, and the run will come by and replace it.
-    for path in sorted(path for path in run.glob("step-*") if path.name <= final.name)[: -args.keep]:
-        if not args.keep_every or int(path.name[5:]) % args.keep_every:
+    for path in sorted(run.glob("step-*"))[:-keep]:
+        if not keep_every or int(path.name[5:]) % keep_every:
             shutil.rmtree(path)
 
 
-def open_metrics(path, step):
-    """The metrics file, opened for appending after a step, and the last step it has been evaluated at; what was written beyond goes."""
-    kept, evaluated = [], 0
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.endswith("}") and (values := json.loads(line))["step"] <= step:
-                kept.append(line + "\n")
-                evaluated = values["step"] if "val_loss" in values else evaluated
-        write_atomically(path, "".join(kept).encode("utf-8"))
-    return open(path, "a", encoding="utf-8"), evaluated
+def put_aside(checkpoint):
+    """Rename what is newer than the checkpoint that a run goes on from: it was passed over, and does not count as one to keep."""
+    for path in checkpoint.parent.glob("step-*"):
+        if path.name > checkpoint.name:
+            damaged = path.with_name("damaged-" + path.name)
+            if damaged.exists():
+                shutil.rmtree(damaged)
+            path.rename(damaged)
 
 
 def newest_checkpoint(path):
@@ -106,6 +153,6 @@ def checkpoint_problem(path):
 def read_tensors(path):
     """What torch.save wrote, on the CPU, if it is nothing but tensors in dicts and lists; code in it is refused, not run."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # many processes of a machine read it once
     except (UnpicklingError, RuntimeError) as error:
         raise SystemExit(f"{path} is not a file of tensors ({str(error).splitlines()[0]}): use another checkpoint")

@@ -123,7 +123,7 @@ def evaluate(model, blocks, token_bytes, device="cpu", batch_tokens=4096, max_to
         sums = torch.tensor([nats, tokens, text_bytes], dtype=torch.float64, device=device)
         torch.distributed.all_reduce(sums)
         nats, tokens, text_bytes = sums.tolist()
-    loss, bpb = nats / tokens, nats / math.log(2) / max(text_bytes, 1)
+    loss, bpb = nats / tokens if tokens else math.nan, nats / math.log(2) / max(text_bytes, 1)
     return {"loss": loss, "perplexity": math.exp(loss), "bpb": bpb, "tokens": int(tokens)}
 
 

@@ -14,8 +14,10 @@ and exits; --resume goes on from there as if nothing had happened.
 import argparse
 import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -24,6 +26,7 @@ import shutil
 import signal
 import sys
 import sysconfig
+import threading
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -32,7 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from checkpoint import newest_checkpoint, open_metrics, read_tensors, save_checkpoint
+from checkpoint import Log, newest_checkpoint, put_aside, read_tensors, save_checkpoint
 from eval import MAX_TOKENS, evaluate
 from model import CHOICES, PRESETS, Config, Decoder, choose_device
 from prepare import TokenData, prepare, targets_of
@@ -40,13 +43,14 @@ from sample import generate
 from tokenizer import load_tokenizer
 
 DEFAULT_DATA = "data/default"
+HASHED = 1 << 30  # bytes of the data to look over at each start: a second or two
 
 
 def get_args(argv=None, **defaults):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    add = parser.add_argument
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--data", default=DEFAULT_DATA, help="folder made by prepare.py; the default one is made when missing")
     add("--out", default="out/demo", help="run directory")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one, with that run's flags where none is given")
@@ -75,24 +79,26 @@ def get_args(argv=None, **defaults):
     add("--log-every", type=int, default=10, help="steps")
     # Machine
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; by default where a compiler is found")
-    add("--exact", action="store_true", help="the same bits at 1, 2, 4, ... processes, for a little memory")
-    add("--shard", action=argparse.BooleanOptionalAction, default=False, help="cut parameters, gradients and optimizer over the processes (FSDP2)")
-    add("--recompute", action="store_true", help="keep of each block only its input, and run it again in backward: less memory, more time")
+    add("--compile", action=switch, help="torch.compile; by default where a compiler is found")
+    add("--exact", action=switch, default=False, help="the same bits at 1, 2, 4, ... processes, for a little memory")
+    add("--shard", action=switch, default=False, help="cut parameters, gradients and optimizer over the processes (FSDP2)")
+    add("--recompute", action=switch, default=False, help="keep of each block only its input, and run it again in backward: less memory, more time")
     add("--verify", action="store_true", help="hash all shards of the data at the start, not only 1 GB of them")
     add("--dry-run", action="store_true", help="print what the model needs on how many GPUs, and end")
     # Model
-    add("--reset-at-eos", action=argparse.BooleanOptionalAction, default=False, help="no reading back over an end of document")
-    add("--preset", choices=PRESETS, default="demo", help="the model; any of its fields can be set by a flag of its own")
+    add("--reset-at-eos", action=switch, default=False, help="no reading back over an end of document")
+    add("--preset", choices=PRESETS, help="the model, demo by default; any of its fields can be set by a flag of its own")
     for field in fields(Config):
         if field.name in ("vocab_size", "reset_id"):  # follow from the data's tokenizer
             continue
-        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        kind = {"action": switch} if field.type is bool else {"type": field.type}
         add("--" + field.name.replace("_", "-"), choices=CHOICES.get(field.name), default=argparse.SUPPRESS, **kind)
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     if args.shard and args.exact:
         parser.error("--exact sums whole gradients: leave --shard out")
+    if args.preset and args.init_from:
+        parser.error(f"--init-from brings a model of its own: leave --preset {args.preset} out")
     for names, low in (
         ("steps micro_batch batch_tokens eval_tokens log_every keep", 1),
         ("minutes", 0.01),
@@ -100,7 +106,7 @@ def get_args(argv=None, **defaults):
     ):
         for name in names.split():
             value = getattr(args, name)
-            if value is not None and not value >= low:
+            if value is not None and not low <= value < math.inf:
                 parser.error(f"--{name.replace('_', '-')} {value}: expected {low} or more")
     return args
 
@@ -220,10 +226,10 @@ def own_share(whole, like):
 
 
 def gathered(value, rank):
-    """A state dict with its cut tensors put together, one at a time, in the memory of rank 0; all ranks must call it."""
-    if is_cut(value):
-        whole = value.full_tensor()
-        return whole.cpu() if rank == 0 else None
+    """A copy of a state dict in the memory of rank 0, cut tensors put together, one at a time; all ranks must call it."""
+    if isinstance(value, torch.Tensor):
+        whole = value.full_tensor() if is_cut(value) else value
+        return whole.to("cpu", copy=True) if rank == 0 else None
     if isinstance(value, dict):
         return {key: gathered(part, rank) for key, part in value.items()}
     return [gathered(part, rank) for part in value] if isinstance(value, list) else value
@@ -231,6 +237,9 @@ def gathered(value, rank):
 
 # ---------------------------------------------------------------------------------------------------------------
 # Optimizer
+
+
+MUON_BATCH = 1 << 26  # numbers to make orthogonal at a time: of a large model, all layers at once would take gigabytes
 
 
 class Muon(torch.optim.Optimizer):
@@ -246,10 +255,13 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}  # matrices of one shape are made orthogonal in one batch, over all layers
+            batches = {}  # matrices of one shape are made orthogonal together, over all layers
             for p in group["params"]:
-                by_shape.setdefault(p.shape[-2:], []).append(p)
-            for params in by_shape.values():
+                same_shape = batches.setdefault(p.shape[-2:], [[]])
+                if sum(q.numel() for q in same_shape[-1]) + p.numel() > MUON_BATCH and same_shape[-1]:
+                    same_shape.append([])
+                same_shape[-1].append(p)
+            for params in (batch for same_shape in batches.values() for batch in same_shape):
                 updates = []
                 for p in params:
                     if not self.state[p]:
@@ -419,7 +431,8 @@ def main(argv=None):
     if args.dry_run:
         from benchmark import print_plan
 
-        return print_plan(replace(PRESETS[args.preset], **given_fields(args)), args)
+        base = Decoder.load(args.init_from).config if args.init_from else PRESETS[args.preset or "demo"]
+        return print_plan(replace(base, **given_fields(args)), args)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(args.device)
     say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
@@ -429,8 +442,6 @@ def main(argv=None):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    elif args.shard:
-        raise SystemExit("--shard cuts the model over processes: torchrun --nproc_per_node N train.py --shard ...")
 
     def from_rank_0(number):
         """A number as rank 0 has it, on all ranks."""
@@ -442,6 +453,8 @@ def main(argv=None):
 
     # Run directory: a new one, or the newest checkpoint and the flags it was started with
     run, checkpoint, state = Path(args.out), None, None
+    log = Log(run) if rank == 0 and run.exists() else None
+    from_rank_0(0)  # which has the folder for itself from here on
     if args.resume and not any(run.glob("step-*")):
         say(f"no checkpoint in {run} yet: from the beginning")
     elif args.resume:
@@ -454,6 +467,8 @@ def main(argv=None):
                 raise SystemExit(f"--resume: the run began with --{name.replace('_', '-')} {saved[name]}: leave the flag out, or change --out")
     elif any(run.glob("step-*")):
         raise SystemExit(f"{run} has checkpoints: --resume goes on from them, another --out starts anew")
+    if args.shard and world == 1:
+        raise SystemExit("--shard cuts the model over processes: torchrun --nproc_per_node N train.py, or --no-shard")
     if args.steps is None and args.minutes is None:
         args.minutes = 10.0
 
@@ -477,7 +492,7 @@ def main(argv=None):
     # Model: the checkpoint's, or of the shape of the weights to begin with, or a preset's; and the flags
     torch.manual_seed(args.seed)
     origin = Decoder.load(args.init_from) if args.init_from and not checkpoint else None
-    base = Config(**state["config"]) if checkpoint else origin.config if origin else PRESETS[args.preset]
+    base = Config(**state["config"]) if checkpoint else origin.config if origin else PRESETS[args.preset or "demo"]
     if origin and load_tokenizer(origin.checkpoint).content != tokenizer.content:
         raise SystemExit(f"--init-from {origin.checkpoint}: another tokenizer: prepare the data with --tokenizer {origin.checkpoint}")
     given = given_fields(args) | {"reset_id": tokenizer.eos_id if args.reset_at_eos else -1}
@@ -500,7 +515,7 @@ def main(argv=None):
     data, val = (TokenData(args.data, split, T) for split in ("train", "val"))
     local = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     for split in (data, val):  # each process of a node takes a share
-        split.check_hashes(math.inf if args.verify else 1 << 30, state["step"] if state else 0, *local)
+        split.check_hashes(math.inf if args.verify else HASHED, state["step"] if state else 0, *local)
     args.batch_tokens = args.batch_tokens or B * T * world
     n_micro, rest = divmod(args.batch_tokens, B * T * world)
     if rest:
@@ -527,17 +542,17 @@ def main(argv=None):
 
     # State of the run
     step, phases, seconds, skipped, in_a_row, recent = 0, [[len(data), 0]], 0.0, 0, 0, []
-    shards = {part["sha256"]["tokens"]: part["name"] for part in data.shards}
+    shards = [[part["name"], part["sha256"]] for part in data.shards]  # in the order in which blocks are numbered
     if checkpoint:
-        for sha256, name in state["shards"].items():
-            if shards.get(sha256) != name:
-                raise SystemExit(f"--resume: {checkpoint} was trained on shard {name}, which {args.data} has lost or changed: bring it back")
-        if state["machine"] != machine:
-            say(f"note: was {state['machine']}, is {machine}: goes on, but not to the same bits")
+        for then, now in itertools.zip_longest(state["shards"], shards[: len(state["shards"])]):
+            if then != now:
+                raise SystemExit(f"--resume: {checkpoint} was trained on shard {then[0]}, which {args.data} has lost or changed: bring it back")
+        if others := ", ".join(f"{key} {then} -> {machine[key]}" for key, then in state["machine"].items() if machine[key] != then):
+            say(f"note: {others}: goes on, but not to the same bits")
         for optimizer, saved in zip(optimizers, read_tensors(checkpoint / "optimizer.pt"), strict=True):
             own = optimizer.state_dict()["param_groups"]  # of the flags now, not of those then
             order = [p for group in optimizer.param_groups for p in group["params"]]
-            tensors = {i: {key: own_share(value, order[i]) for key, value in values.items()} for i, values in saved["state"].items()}
+            tensors = {i: {key: own_share(value, order[i]).clone() for key, value in values.items()} for i, values in saved["state"].items()}
             optimizer.load_state_dict({"state": tensors, "param_groups": own})
         step, phases, seconds, skipped, in_a_row, recent = (
             state[key] for key in ("step", "phases", "seconds", "skipped", "in_a_row", "recent")
@@ -545,9 +560,13 @@ def main(argv=None):
         if len(data) > phases[-1][0]:
             say(f"{len(data) - phases[-1][0]:,} new blocks, mixed with the {unserved(phases):,} that this pass has not served yet")
             phases.append([len(data), 0])
-    run.mkdir(parents=True, exist_ok=True)
-    metrics, evaluated = open_metrics(run / "metrics.jsonl", step) if rank == 0 else (None, 0)
-    evaluated = from_rank_0(evaluated)
+        if phases[-1][1] == 0 or any(getattr(args, name) != state["args"][name] for name in ("lr", "batch_tokens")):
+            recent = []  # losses to come need not be like those before
+        if rank == 0:
+            put_aside(checkpoint)
+    if rank == 0:
+        log = log or Log(run)
+    evaluated = from_rank_0(log.cut(step) if rank == 0 else 0)
 
     say("  ".join(f"{k}={v}" for k, v in asdict(config).items()))
     say("  ".join(f"{k}={v}" for k, v in vars(args).items()))
@@ -571,26 +590,16 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, ask_to_stop)
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda")
 
-    def record(**values):
-        if rank == 0:
-            numbers = {key: value if math.isfinite(value) else None for key, value in values.items()}  # JSON knows no NaN
-            try:
-                metrics.write(json.dumps(numbers) + "\n")
-                metrics.flush()
-            except OSError as error:  # what could not be written stays in the buffer until the next time
-                say(f"{run / 'metrics.jsonl'}: {error.strerror}: make room; the run goes on")
-
     def progress():
         return min(1.0, step / args.steps if args.steps else seconds / (60 * args.minutes))
 
-    def gradients():
+    def gradients(n_targets):
         """Those of a step, summed over its micro-batches and all ranks -> its loss, the mean over all its targets."""
-        total = targets_at(data, phases, args.seed, phases[-1][1], batch)
 
         def micro_loss(micro):
             first = phases[-1][1] + (rank * n_micro + micro) * B
             ids, targets = batch_at(data, phases, args.seed, first, B)
-            share = int((targets >= 0).sum()) / max(1, total)
+            share = int((targets >= 0).sum()) / max(1, n_targets)
             with autocast:
                 return model(ids.to(device, non_blocking=True), targets.to(device, non_blocking=True)) * share
 
@@ -609,25 +618,39 @@ def main(argv=None):
                 work.wait()
         return loss
 
-    def save():
-        """All ranks take part; whether rank 0 could write it. If not, the checkpoints before are as they were."""
-        tensors = gathered([model.state_dict(), [optimizer.state_dict() for optimizer in optimizers]], rank)
-        return from_rank_0(rank == 0 and write(*tensors))
+    writing, saved = None, True
 
-    def write(weights, optimizer_states):
-        chat = sum(part["tokens"] for part in data.shards if "mask" in part["sha256"])
-        values = {"chat": 2 * chat > sum(part["tokens"] for part in data.shards), "step": step, "phases": phases, "seconds": seconds, "skipped": skipped, "in_a_row": in_a_row, "recent": recent,
-                  "config": asdict(config), "args": vars(args) | {"resume": False}, "shards": shards, "machine": machine}  # fmt: skip
-        final = run / f"step-{step:08d}"
+    def save():
+        """Copy the state, all ranks taking part, and have a thread of rank 0 write it while the run goes on."""
+        nonlocal writing
+        finish_saving()
+        tensors = gathered([model.state_dict(), [optimizer.state_dict() for optimizer in optimizers]], rank)
+        if rank == 0:
+            n_tokens = sum(part["tokens"] for part in data.shards)
+            values = {"step": step, "phases": phases, "seconds": seconds, "skipped": skipped, "in_a_row": in_a_row, "recent": recent,
+                      "chat": 2 * sum(part["tokens"] for part in data.shards if "mask" in part["sha256"]) > n_tokens, "config": asdict(config),
+                      "args": vars(args) | {"resume": False, "verify": False}, "shards": shards, "machine": machine}  # fmt: skip
+            content = json.dumps(values, indent=1, ensure_ascii=False), *tensors
+            writing = threading.Thread(target=write, args=(run / f"step-{step:08d}", log.unwritten, *content))
+            writing.start()
+
+    def write(final, unwritten, *content):
+        nonlocal saved
+        saved = False
         try:
-            os.fsync(metrics.fileno())
-            save_checkpoint(final, values, weights, optimizer_states, tokenizer, args)
-        except (OSError, RuntimeError) as error:
-            shutil.rmtree(final.with_name("." + final.name), ignore_errors=True)
-            reason = error if isinstance(error, OSError) else error.__context__ or error  # torch.save hides the error of a full disk
-            print(f"{final} could not be saved ({getattr(reason, 'strerror', reason)}): make room; the checkpoints before it are whole", file=sys.stderr, flush=True)
-            return False
-        return True
+            if unwritten:  # no checkpoint without the lines before it
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(log.file.fileno())
+            save_checkpoint(final, *content, tokenizer, args.keep, args.keep_every)
+            saved = True
+        except OSError as error:
+            print(f"{final} could not be saved ({error.strerror}): make room; the checkpoints before it are whole", file=sys.stderr, flush=True)
+
+    def finish_saving():
+        """Wait for the thread; whether the last checkpoint is whole, on all ranks."""
+        if writing:
+            writing.join()
+        return bool(from_rank_0(saved))
 
     def stopping():
         """Whether any rank was asked to stop; all ranks ask at once."""
@@ -645,10 +668,10 @@ def main(argv=None):
         if result is None:
             return None
         say(f"step {step:>5} | val loss {result['loss']:.4f} | val bpb {result['bpb']:.4f} | {result['tokens']:,} tokens")
-        if evaluated < step:
-            record(step=step, val_loss=result["loss"], val_bpb=result["bpb"])
-            evaluated = step
-        if rank == 0 or args.shard:  # a cut model works on all ranks or on none
+        if rank == 0 and evaluated < step:
+            log.add(step=step, val_loss=result["loss"], val_bpb=result["bpb"])
+        evaluated = step
+        if rank == 0 and not args.shard:  # a cut model works on all ranks or on none
             start = val[0][:8].tolist()
             generator = torch.Generator(device).manual_seed(step)
             new = generate(model, torch.tensor([start], device=device), 64, tokenizer.vocab_size, 0.8, 0, 0.95, generator)
@@ -659,7 +682,7 @@ def main(argv=None):
     if compiled:
         say("compiling: the first step takes up to a minute")
     bytes_per_token = sum(s["bytes"] for s in data.shards) / sum(s["tokens"] for s in data.shards)
-    last_saved, saved = step if checkpoint else None, True
+    last_saved = step if checkpoint else None
     while progress() < 1 and not stop:
         if args.eval_every and step % args.eval_every == 0 and step > evaluated and score(args.eval_tokens) is None:
             break
@@ -668,17 +691,21 @@ def main(argv=None):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * group["scale"] * factor
+        n_targets = targets_at(data, phases, args.seed, phases[-1][1], batch)
         try:
-            loss = gradients()
+            loss = gradients(n_targets)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
-            less = f"--micro-batch {B // 2} --batch-tokens {args.batch_tokens}" if B > 1 else "--shard, or a smaller --block-size"
-            raise SystemExit(f"out of memory with --micro-batch {B}: halve it; the results do not change with {less}")
+            less = next((size for size in range(B // 2, 0, -1) if batch // world % size == 0), None)
+            less = f"halve it; the results do not change with --micro-batch {less} --batch-tokens {args.batch_tokens}" if less else "try --recompute"
+            raise SystemExit(f"out of memory with --micro-batch {B}: {less}")
         norm = torch.nn.utils.clip_grad_norm_(params, args.clip or math.inf)
         norm = norm.full_tensor() if args.shard else norm
         loss, norm = torch.stack([loss, norm]).tolist()  # the same on all ranks, so that all skip or none does
-        if is_bad(loss, norm, recent):
+        if not n_targets:  # of a chat, questions without answers
+            loss = math.nan
+        elif is_bad(loss, norm, recent):
             skipped, in_a_row = skipped + 1, in_a_row + 1
         else:
             in_a_row, recent = 0, [*recent[1 - WINDOW :], loss]
@@ -702,28 +729,34 @@ def main(argv=None):
             speed = f"{1000 * took:4.0f} ms | {args.batch_tokens / took / 1000:.2f}k tok/s{mfu} | eta {eta / 60:.0f}m"
             say(f"step {step:>5}/{total:<5} {100 * done:5.1f}% | loss {loss:.4f} | bpb {bpb:.3f} | "
                 f"lr {args.lr * factor:.1e} | norm {norm:.2f} | {speed}" + (f" | skipped {skipped}" if skipped else ""))  # fmt: skip
-            record(step=step, loss=loss, bpb=bpb, lr=args.lr * factor, norm=norm, ms=1000 * took, seconds=seconds, skipped=skipped,
-                   tokens_per_second=args.batch_tokens / took, tokens=sum(served for _, served in phases) * T)  # fmt: skip
+            if rank == 0:
+                log.add(step=step, loss=loss, bpb=bpb, lr=args.lr * factor, norm=norm, ms=1000 * took, seconds=seconds, skipped=skipped,
+                        tokens_per_second=args.batch_tokens / took, tokens=sum(served for _, served in phases) * T)  # fmt: skip
         if in_a_row == MAX_SKIPPED:
+            finish_saving()
             good = sorted(run.glob("step-*"))[-1:] or ["none"]
             message = f"{MAX_SKIPPED} steps in a row had a loss or a gradient that cannot be right: the run ends at step {step}. The last good checkpoint "
             raise SystemExit(f"{message}is {good[0]}: go on from there with a smaller --lr, or look at the data" if rank == 0 else 1)
         if args.save_every and step % args.save_every == 0 and not in_a_row:
-            last_saved, saved = step, save()
+            save()
+            last_saved = step
 
-    if last_saved != step or not saved:
-        saved = save()
+    if last_saved != step or not finish_saving():
+        save()
     result = None if progress() < 1 else score(MAX_TOKENS)
     if result:
         loss, bpb, tokens = result["loss"], result["bpb"], sum(served for _, served in phases) * T
         say(f"done: step {step}, val loss {loss:.4f}, val bpb {bpb:.4f}, tokens {tokens}, {seconds:.0f} s")
         say(f"next: python sample.py {run}    python eval.py {run}")
-    else:
+    elif finish_saving():
         say(f"stopped at step {step}; python train.py --resume --out {run} goes on")
+    whole = finish_saving()
+    if rank == 0:
+        log.file.close()
     if world > 1:
         dist.barrier()  # a rank that leaves while another is still at work can abort at its exit
         dist.destroy_process_group()
-    if not saved:
+    if not whole:
         raise SystemExit(1)
 
 

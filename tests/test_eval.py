@@ -46,6 +46,8 @@ def test_of_too_many_blocks_evenly_spaced_ones_are_taken(small_data):
     assert some["tokens"] == 160
     chosen = [blocks[round(i * 49 / 9 - 0.499)] for i in range(10)]
     assert some["loss"] == pytest.approx(evaluate(model, chosen, token_bytes)["loss"], abs=1e-6)
+    nothing = evaluate(model, [np.array([1, -1, -1])], token_bytes)  # as of a chat, a question without its answer
+    assert math.isnan(nothing["loss"]) and nothing["tokens"] == 0
 
 
 @pytest.mark.parametrize("changes", CAUSAL_KINDS, ids=str)

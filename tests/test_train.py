@@ -19,7 +19,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY, call, python, refused, torchrun
 
-from checkpoint import checkpoint_problem, newest_checkpoint
+import train as train_module
+from checkpoint import Log, checkpoint_problem, newest_checkpoint
 from model import Config, Decoder
 from prepare import TokenData
 from sources import fetch, read_novel
@@ -254,8 +255,8 @@ def test_a_run_that_is_killed_again_and_again_loses_nothing(small_data, tmp_path
     assert not list(run.glob(".*"))
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_sigterm_finishes_the_step_saves_and_exits_with_0(small_data, tmp_path, world):
+@pytest.mark.parametrize("world, number", [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_finishes_the_step_saves_and_exits_with_0(small_data, tmp_path, world, number):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if world == 2 else []
     process = subprocess.Popen(
         [sys.executable, *launcher, "train.py", "--data", small_data, "--out", tmp_path, *TINY, "--steps", "1000000"],
@@ -263,7 +264,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_0(small_data, tmp_path, 
     )  # fmt: skip
     while not process.stdout.readline().startswith("step     5/"):
         assert process.poll() is None
-    process.send_signal(signal.SIGTERM)  # torchrun hands it on to its processes
+    process.send_signal(number)  # torchrun hands it on to its processes
     output = process.communicate(timeout=60)[0]
     assert world == 2 or process.returncode == 0  # torchrun itself reports the signal
     step = int(output.split("stopped at step ")[1].split(";")[0])
@@ -347,11 +348,11 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(whole, tmp_path)
     result = call("train.py", "--resume", "--out", tmp_path / "run", "--keep", 1, "--save-every", 3)
     assert f"passed over {tmp_path / 'run' / 'step-00000008'}: optimizer.pt is empty" in result.stderr
     assert what_a_run_leaves(tmp_path / "run", 8) == what_a_run_leaves(whole.out, 8)
-    assert os.listdir(tmp_path / "run") == ["metrics.jsonl", "step-00000008"]
+    assert sorted(os.listdir(tmp_path / "run")) == ["damaged-step-00000008", "metrics.jsonl", "step-00000008"]
     shutil.copytree(whole.out, tmp_path / "later")  # the one that is damaged is not one of those to keep
     (tmp_path / "later" / "step-00000008" / "optimizer.pt").write_bytes(b"")
     call("train.py", "--resume", "--out", tmp_path / "later", "--keep", 1, "--steps", 6)
-    assert sorted(os.listdir(tmp_path / "later")) == ["metrics.jsonl", "step-00000006", "step-00000008"]
+    assert sorted(os.listdir(tmp_path / "later")) == ["damaged-step-00000008", "metrics.jsonl", "step-00000006"]
     shutil.copytree(whole.out, tmp_path / "none")
     for step in (4, 8):
         (tmp_path / "none" / f"step-{step:08d}" / "model.pt").unlink()
@@ -374,13 +375,16 @@ def test_a_full_disk_in_a_save_leaves_the_checkpoints_before_it(whole, tmp_path)
     assert what_a_run_leaves(tmp_path / "run", 8) == what_a_run_leaves(whole.out, 8)
 
 
-def test_a_flipped_bit_in_the_data_is_found_before_a_step(small_data, tmp_path):
+def test_a_flipped_bit_in_the_data_is_found_before_a_step(small_data, tmp_path, monkeypatch):
     shutil.copytree(small_data, tmp_path / "data")
     shard = tmp_path / "data" / f"{TokenData(small_data, 'train', 32).shards[1]['name']}.tokens.npy"
     content = bytearray(shard.read_bytes())
     content[-1000] ^= 1
     shard.write_bytes(content)
     refused(train(tmp_path / "data", tmp_path / "run", ok=False), f"{shard} is missing or damaged")
+    monkeypatch.setattr(train_module, "HASHED", 0)  # as if this were a terabyte
+    train(tmp_path / "data", tmp_path / "unseen", "--steps", 1)
+    refused(train(tmp_path / "data", tmp_path / "run", "--verify", ok=False), f"{shard} is missing or damaged")
     assert not (tmp_path / "run").exists()
 
 
@@ -517,10 +521,50 @@ def test_resume_refuses_another_model_and_other_data(whole, small_data, tmp_path
     refused(call("train.py", "--resume", "--out", tmp_path / "run", "--seed", 1, ok=False), "began with --seed 0")
     shutil.copytree(small_data, tmp_path / "data")
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text(encoding="utf-8"))
-    manifest["shards"] = manifest["shards"][2:]
-    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    result = call("train.py", "--resume", "--out", tmp_path / "run", "--data", tmp_path / "data", ok=False)
-    refused(result, "step-00000008 was trained on shard a-00000-0-train, which", "has lost or changed: bring it back")
+    for shards in (manifest["shards"][2:], manifest["shards"][::-1]):  # lost, and in another order
+        (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest | {"shards": shards}), encoding="utf-8")
+        result = call("train.py", "--resume", "--out", tmp_path / "run", "--data", tmp_path / "data", ok=False)
+        refused(result, "step-00000008 was trained on shard a-00000-0-train, which", "has lost or changed: bring it back")
+    refused(call("train.py", "--resume", "--out", tmp_path / "run", "--shard", ok=False), "or --no-shard")
+
+
+def test_a_run_has_its_folder_for_itself(small_data, tmp_path):
+    flags = ["--data", small_data, "--out", tmp_path, *TINY, "--steps", 1_000_000]
+    (process,) = start(1, "train.py", *flags)
+    while not process.stdout.readline().startswith("step"):
+        assert process.poll() is None
+    refused(call("train.py", "--resume", *flags, ok=False), f"another run is at work in {tmp_path}")
+    process.kill()
+    process.communicate()
+    (process,) = start(1, "train.py", "--resume", *flags)  # a killed run holds nothing
+    while not process.stdout.readline().startswith("step"):
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
+
+
+def test_a_full_disk_takes_no_line_from_the_log(tmp_path):
+    script = """
+import resource, sys; sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from checkpoint import Log
+log, hard = Log(Path(sys.argv[2])), resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+for step in range(1, 1001):
+    if step == 100:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    if step == 999:
+        assert log.unwritten
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    log.add(step=step, loss=float("nan"))
+assert not log.unwritten
+"""
+    python("-c", script, ROOT, tmp_path)
+    expected = "".join(f'{{"step": {step}, "loss": null}}\n' for step in range(1, 1001))
+    assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == expected
+    log = Log(tmp_path)
+    log.file.write(b'{"step": 1001, "lo')
+    assert log.cut(700) == 0
+    assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == expected[: expected.index('{"step": 701')]
 
 
 def test_text_added_while_a_run_is_stopped_is_trained_on_by_the_same_run(small_data, tmp_path):
@@ -537,6 +581,7 @@ def test_text_added_while_a_run_is_stopped_is_trained_on_by_the_same_run(small_d
         state = json.loads((tmp_path / "run" / f"step-{steps:08d}" / "state.json").read_text(encoding="utf-8"))
         data = TokenData(tmp_path / "data", "train", 32)
         assert [blocks for blocks, _ in state["phases"]][-1] == len(data)
+        assert len(state["recent"]) == steps - (8 if i else 5)  # the new text need not look like the old: its losses are no spikes
         assert f"{len(data) - state['phases'][i][0]:,} new blocks, mixed with the " in output
     assert [served for _, served in state["phases"]] == [40, 24, 32] and f"an epoch: {state['phases'][0][0]:,} blocks" in first.stdout
     phases = state["phases"]
@@ -573,8 +618,9 @@ def run_broken(data, out, tmp_path, rank, steps, *flags):
     return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
 
 
-def test_a_gradient_that_is_no_number_on_one_rank_is_skipped_by_all(small_data, tmp_path):
-    result = run_broken(small_data, tmp_path / "run", tmp_path, "1", [3, 4], "--steps", 6)
+@pytest.mark.parametrize("mode", [[], ["--shard"], ["--exact"]], ids=" ".join)
+def test_a_gradient_that_is_no_number_on_one_rank_is_skipped_by_all(small_data, tmp_path, mode):
+    result = run_broken(small_data, tmp_path / "run", tmp_path, "1", [3, 4], "--steps", 6, *mode)
     assert result.returncode == 0 and "| skipped 2" in result.stdout, result.stdout + result.stderr
     saved = sorted(path.name for path in (tmp_path / "run").glob("step-*"))
     assert saved == [f"step-{step:08d}" for step in (1, 2, 5, 6)]  # nothing is saved between bad steps
@@ -588,6 +634,14 @@ def test_five_bad_steps_in_a_row_end_the_run_and_leave_its_weights(small_data, t
     said = next(line for line in result.stderr.splitlines() if line.startswith("5 steps in a row"))
     assert said.endswith("is " + str(tmp_path / "run" / "step-00000002") + ": go on from there with a smaller --lr, or look at the data")
     assert "Traceback" not in result.stderr.partition(said)[0]  # what comes behind it is torchrun's
+
+
+def test_bad_steps_are_counted_over_a_restart(small_data, tmp_path):
+    run_broken(small_data, tmp_path / "run", tmp_path, "0", [3, 4], "--steps", 4)
+    state = json.loads((tmp_path / "run" / "step-00000004" / "state.json").read_text(encoding="utf-8"))
+    assert (state["in_a_row"], state["skipped"], len(state["recent"])) == (2, 2, 2)
+    result = run_broken(small_data, tmp_path / "run", tmp_path, "0", [1, 2, 3], "--resume", "--steps", 20)
+    assert "5 steps in a row had a loss or a gradient that cannot be right: the run ends at step 7" in result.stderr
 
 
 def test_a_loss_that_stands_out_is_a_bad_step():
