@@ -2,10 +2,13 @@
 
     python benchmark.py                   # the causal Soft MoE next to a dense layer of equal parameters, compiled
     python benchmark.py --no-compile
+    python benchmark.py speed             # whole steps, the loss and decoding next to transformers and plain torch
     python benchmark.py data              # the data stage: tokenising, cleaning, near copies, processes, memory
 """
 
 import argparse
+import collections
+import functools
 import itertools
 import json
 import multiprocessing
@@ -17,17 +20,20 @@ import sys
 import tempfile
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import clean
-from model import Config, Decoder, Dense, SoftMoE, place_tokens
+from model import Config, Decoder, Dense, SoftMoE, cross_entropy, place_tokens
 from prepare import NEAR_DUPLICATE, clean_part, outcomes_of
+from sample import generate
 from sources import fetch, fetch_qwen, file_parts, read_newspaper
 from tokenizer import load_tokenizer
 from train import can_compile, cut_dim, keep_large_buffers, make_optimizers
@@ -39,7 +45,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("what", nargs="?", choices=("layer", "data"), default="layer")
+    parser.add_argument("what", nargs="?", choices=("layer", "speed", "data"), default="layer")
     parser.add_argument("--d-model", type=int, default=512)
     parser.add_argument("--n-expert", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=15)
@@ -301,9 +307,96 @@ def benchmark_data(args):
     print(f"copies among {args.documents:,} made-up documents: {took:.0f} s, {peak:,.0f} MB, {found:,} near copies found")
 
 
+def transformers_model(config):
+    """transformers' dense Qwen2 of the same size."""
+    try:
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+    except ImportError:
+        raise SystemExit("benchmark.py speed compares with transformers: pip install -r tests/requirements.txt")
+    return Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_dense, num_hidden_layers=config.n_layer,
+        num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head, max_position_embeddings=config.block_size,
+        tie_word_embeddings=config.tie_embeddings,
+    ))  # fmt: skip
+
+
+def benchmark_training(config, B, args):
+    """Whole steps of B texts with AdamW, in percent of what a matmul reaches in the same minutes."""
+    T = config.block_size
+    ids = torch.randint(config.vocab_size, (B, T + 1))
+    kinds = {"dense": {"ffn": "dense"}, "causal Soft MoE": {}}
+    models = {name: Decoder(replace(config, **changes)) for name, changes in kinds.items()} | {"transformers, eager": transformers_model(config)}
+    if args.compile:
+        models["transformers, compiled"] = transformers_model(config)
+        models["transformers, compiled"].compile()
+        for block in (block for name in kinds for block in models[name].blocks):
+            block.compile()
+
+    def step_with(name, model):
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+        def step():
+            loss = model(ids[:, :-1], ids[:, 1:]) if name in kinds else model(input_ids=ids[:, :-1], labels=ids[:, :-1]).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    square = torch.randn(1024, 1024)
+    *times, matmul = seconds([*itertools.starmap(step_with, models.items()), lambda: square @ square], args.repeats)
+    flops, peak = models["dense"].flops_per_token(T) * B * T, 2 * 1024**3 / matmul
+    print(f"steps of {B} x {T} tokens, {models['dense'].n_params():,} parameters; a matmul reaches {peak / 1e9:.0f} GFLOP/s")
+    for name, took in zip(models, times):
+        print(f"    {name:<24}{1000 * took:>8.1f} ms{B * T / took:>9,.0f} tokens/s   {100 * flops / took / peak:3.0f} %")
+
+
+def benchmark_loss(args, V=151_936, D=512, N=8192):
+    """Forward and backward of the loss at Qwen's vocabulary, in chunks and with all logits at once."""
+    hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    targets = torch.randint(V, (N,))
+    losses = {"chunks": lambda: cross_entropy(hidden, weight, targets), "plain": lambda: F.cross_entropy(F.linear(hidden, weight), targets)}
+
+    def step(loss):
+        hidden.grad = weight.grad = None
+        loss().backward()
+
+    took = dict(zip(losses, seconds([functools.partial(step, loss) for loss in losses.values()], 1)))
+    peak = {name: peak_memory(functools.partial(step, loss)) for name, loss in losses.items()}
+    print(f"loss of {N:,} tokens, width {D}, vocabulary {V:,}: chunks {took['chunks']:.1f} s, {peak['chunks'] / 1e9:.2f} GB; "
+          f"plain {took['plain']:.1f} s, {peak['plain'] / 1e9:.2f} GB: {took['chunks'] / took['plain']:.2f}x, {peak['chunks'] / peak['plain']:.2f}x")  # fmt: skip
+
+
+def benchmark_decoding(config, args, new=128):
+    """Greedy tokens/s of one text and of 16 at once, behind a short and a long prompt."""
+    models = {"causal": Decoder(config).eval(), "dense": Decoder(replace(config, ffn="dense")).eval(), "transformers": transformers_model(config).eval()}
+
+    def run(name, B, T):
+        ids = torch.randint(config.vocab_size, (B, T))
+        if name == "transformers":
+            models[name].generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+        else:
+            collections.deque(generate(models[name], ids, new, config.vocab_size, temperature=0), maxlen=0)
+
+    cases = [(name, B, T) for name in models for B, T in ((1, 64), (16, 64), (1, 1024 - new))]
+    times = seconds([functools.partial(run, *case) for case in cases], max(1, args.repeats // 3))
+    for (name, B, T), took in zip(cases, times):
+        print(f"    greedy, {name:<14}{B:>3} at once behind {T:>5} tokens: {B * new / took:>7,.0f} tokens/s")
+
+
 def main(argv=None):
     args = get_args(argv)
-    benchmark_layer(args) if args.what == "layer" else benchmark_data(args)
+    if args.what == "layer":
+        benchmark_layer(args)
+    elif args.what == "data":
+        benchmark_data(args)
+    else:
+        keep_large_buffers()
+        small = Config(n_layer=4, d_model=192, vocab_size=4096, block_size=256, tie_embeddings=True)
+        benchmark_training(small, 8, args)
+        benchmark_training(replace(small, n_layer=6, d_model=512, n_head=8, n_kv_head=8, vocab_size=8192, block_size=512), 4, args)
+        benchmark_decoding(replace(small, block_size=2048), args)
+        benchmark_loss(args)
 
 
 if __name__ == "__main__":

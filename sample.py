@@ -20,12 +20,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-
-from model import Decoder, choose_device
-from tokenizer import load_tokenizer
-
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -77,6 +71,15 @@ def prompt_of(content, name):
     except UnicodeDecodeError as error:
         raise SystemExit(f"{name} is not UTF-8 (byte {error.start}): convert it, e.g. iconv -f gb18030 -t utf-8")
 
+
+if __name__ == "__main__":
+    given = get_args()  # a wrong flag, or -h, need not wait for torch
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+from model import Decoder, choose_device  # noqa: E402
+from tokenizer import load_tokenizer  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------
 # Logits -> logits, [B, V]
@@ -284,8 +287,8 @@ def converse(model, tokenizer, messages, args, generator):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def main(argv=None):
-    args = get_args(argv)
+def main(argv=None, args=None):
+    args = args or get_args(argv)
     device = choose_device(args.device)
     model = Decoder.load(args.checkpoint).to(device).eval()
     tokenizer = load_tokenizer(model.checkpoint)
@@ -314,4 +317,4 @@ if __name__ == "__main__":
     for name in ("SIGINT", "SIGPIPE"):  # Ctrl-C, and a reader like `head` that has enough, end it without a traceback
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
-    main()
+    main(args=given)

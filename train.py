@@ -326,6 +326,14 @@ def make_optimizers(model, args):
     return [Muon(matrices, lr=args.lr), adamw] if args.optimizer == "muon" else [adamw]
 
 
+def load_optimizers(optimizers, checkpoint):
+    """What they remember of every parameter; what the flags say of them stays as it is now."""
+    for optimizer, saved in zip(optimizers, read_tensors(checkpoint / "optimizer.pt"), strict=True):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        state = {i: {key: own_share(value, params[i]).clone() for key, value in values.items()} for i, values in saved["state"].items()}
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
 def lr_factor(step, progress, args):
     """Share of the peak learning rate at a step, 0 the first, and at a share of the run in [0, 1]."""
     warm = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
@@ -426,6 +434,18 @@ def given_fields(args):
     return {field.name: getattr(args, field.name) for field in fields(Config) if hasattr(args, field.name)}
 
 
+def resumed(run, args, argv):
+    """-> the flags of a run's newest checkpoint where none is given now, the checkpoint, its state.json."""
+    checkpoint = newest_checkpoint(run)
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    saved = state["args"] | ({"steps": None, "minutes": None} if args.steps or args.minutes else {})
+    args = get_args(argv, **saved)
+    for name in ("seed", "optimizer", "preset", "init_from"):
+        if getattr(args, name) != saved[name]:
+            raise SystemExit(f"--resume: the run began with --{name.replace('_', '-')} {saved[name]}: leave the flag out, or change --out")
+    return args, checkpoint, state
+
+
 def main(argv=None):
     args = get_args(argv)
     if args.dry_run:
@@ -458,13 +478,7 @@ def main(argv=None):
     if args.resume and not any(run.glob("step-*")):
         say(f"no checkpoint in {run} yet: from the beginning")
     elif args.resume:
-        checkpoint = newest_checkpoint(run)
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        saved = state["args"] | ({"steps": None, "minutes": None} if args.steps or args.minutes else {})
-        args = get_args(argv, **saved)
-        for name in ("seed", "optimizer", "preset", "init_from"):
-            if getattr(args, name) != saved[name]:
-                raise SystemExit(f"--resume: the run began with --{name.replace('_', '-')} {saved[name]}: leave the flag out, or change --out")
+        args, checkpoint, state = resumed(run, args, argv)
     elif any(run.glob("step-*")):
         raise SystemExit(f"{run} has checkpoints: --resume goes on from them, another --out starts anew")
     if args.shard and world == 1:
@@ -549,11 +563,7 @@ def main(argv=None):
                 raise SystemExit(f"--resume: {checkpoint} was trained on shard {then[0]}, which {args.data} has lost or changed: bring it back")
         if others := ", ".join(f"{key} {then} -> {machine[key]}" for key, then in state["machine"].items() if machine[key] != then):
             say(f"note: {others}: goes on, but not to the same bits")
-        for optimizer, saved in zip(optimizers, read_tensors(checkpoint / "optimizer.pt"), strict=True):
-            own = optimizer.state_dict()["param_groups"]  # of the flags now, not of those then
-            order = [p for group in optimizer.param_groups for p in group["params"]]
-            tensors = {i: {key: own_share(value, order[i]).clone() for key, value in values.items()} for i, values in saved["state"].items()}
-            optimizer.load_state_dict({"state": tensors, "param_groups": own})
+        load_optimizers(optimizers, checkpoint)
         step, phases, seconds, skipped, in_a_row, recent = (
             state[key] for key in ("step", "phases", "seconds", "skipped", "in_a_row", "recent")
         )

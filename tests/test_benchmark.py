@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,3 +69,14 @@ def test_the_plan_of_a_model_counts_what_each_process_holds():
     assert [int(row[0]) for row in rows] == [1, 2, 4, 8, 16, 32, 64] and len({row[1] for row in rows}) == 1
     shared = [float(row[2]) for row in rows[1:]]
     assert shared == sorted(shared, reverse=True)
+
+
+def test_speed_is_measured_of_models_of_equal_size(capsys):
+    args = SimpleNamespace(compile=False, repeats=1)
+    config = Config(n_layer=1, d_model=32, vocab_size=64, block_size=16, tie_embeddings=True)
+    assert benchmark.transformers_model(config).num_parameters() == Decoder(replace(config, ffn="dense")).n_params()
+    benchmark.benchmark_training(config, 2, args)
+    benchmark.benchmark_decoding(replace(config, block_size=1024), args, new=2)
+    benchmark.benchmark_loss(args, 64, 8, 2048)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 4 + 9 + 1 and said[0].startswith("steps of 2 x 16 tokens") and said[-1].startswith("loss of 2,048 tokens, width 8")
