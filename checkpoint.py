@@ -150,6 +150,14 @@ def checkpoint_problem(path):
     return None
 
 
+def description(path):
+    """What a folder says of its model: state.json of a checkpoint, config.json of a Hugging Face folder."""
+    for file in (path / "state.json", path / "config.json"):
+        if file.exists():
+            return json.loads(file.read_text(encoding="utf-8"))
+    return {}
+
+
 def read_tensors(path):
     """What torch.save wrote, on the CPU, if it is nothing but tensors in dicts and lists; code in it is refused, not run."""
     try:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import tasks
 from model import Config, Decoder, choose_device, cross_entropy
 from prepare import TokenData, targets_of
-from tokenizer import load_tokenizer
+from tokenizer import load_tokenizer, read_text
 
 TASK_FLAGS = ("questions", "split", "shots", "score", "out")
 MAX_TOKENS = 1 << 20  # enough for bits per byte to be sure in the third decimal
@@ -129,12 +129,7 @@ def evaluate(model, blocks, token_bytes, device="cpu", batch_tokens=4096, max_to
 
 def text_blocks(path, tokenizer, T):
     """A file as blocks of T + 1 ids that begin with eos and overlap by one; the last is filled up with -1."""
-    try:
-        ids = [tokenizer.eos_id, *tokenizer.encode(Path(path).read_text(encoding="utf-8"))]
-    except FileNotFoundError:
-        raise SystemExit(f"{path}: no such file")
-    except UnicodeDecodeError as error:
-        raise SystemExit(f"{path} is not UTF-8 (byte {error.start}): convert it, e.g. iconv -f gb18030 -t utf-8")
+    ids = [tokenizer.eos_id, *tokenizer.encode(read_text(path))]
     if len(ids) == 1:
         raise SystemExit(f"{path} is empty: nothing to score")
     n = math.ceil((len(ids) - 1) / T)
@@ -174,8 +169,13 @@ def leak(model, ids):
     return result
 
 
+def some_of(blocks, device):
+    """About 4,096 tokens of them, [B, T + 1]: every position will be a forward."""
+    return torch.from_numpy(np.stack([blocks[i] for i in evenly_spaced(blocks, 4096)])).to(device)
+
+
 def print_leak(model, blocks, token_bytes, device):
-    ids = torch.from_numpy(np.stack([blocks[i] for i in evenly_spaced(blocks, 4096)])).to(device)
+    ids = some_of(blocks, device)
     counted = ids[:, 1:][ids[:, 1:] >= 0].tolist()
     bits_per_nat = len(counted) / math.log(2) / max(1, sum(len(token_bytes[i]) for i in counted))
     result = leak(model, ids)
@@ -332,14 +332,15 @@ def main(argv=None):
         return tasks.run(args, device)
     for i, given in enumerate(args.checkpoints):
         model = Decoder.load(given).to(device)
-        path, config, tokenizer = model.checkpoint, model.config, load_tokenizer(model.checkpoint)
+        path, config = model.checkpoint, model.config
+        tokenizer, T = load_tokenizer(path, config.vocab_size), min(config.block_size, 2048)  # Hugging Face's contexts are for generation
         if args.routing:
             print_routing(model, tokenizer, args.prompt or "却说曹操引兵渡河，正遇关公。", args.png)
             continue
         if args.text:
-            blocks = text_blocks(args.text, tokenizer, min(config.block_size, 2048))  # Hugging Face's contexts are for generation
+            blocks = text_blocks(args.text, tokenizer, T)
         else:
-            blocks = TokenData(args.data or data_of(path), "val", config.block_size)
+            blocks = TokenData(args.data or data_of(path), "val", T)
             if load_tokenizer(blocks.path).content != tokenizer.content:
                 raise SystemExit(f"{blocks.path} was prepared with another tokenizer than {path}: score its text with --text")
         if args.leak:
@@ -348,7 +349,7 @@ def main(argv=None):
         result = evaluate(model, blocks, tokenizer.token_bytes, device)
         if i == 0:
             print(f"{'checkpoint':<32}{'loss':>9}{'perplexity':>12}{'bpb':>9}{'tokens':>11}")
-        leaky = "  leaky: it reads what it predicts" if config.reads_ahead else ""
+        leaky = f"  leaky: it reads what it predicts; honest {leak(model, some_of(blocks, device))['honest']:.4f}" if config.reads_ahead else ""
         print(f"{str(path):<32}{result['loss']:>9.4f}{result['perplexity']:>12.2f}{result['bpb']:>9.4f}"
               f"{result['tokens']:>11,}{leaky}")  # fmt: skip
 

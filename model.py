@@ -69,6 +69,8 @@ class Config:
             value = getattr(self, field.name)
             if field.type is int and value < {"d_expert": 0, "reset_id": -1}.get(field.name, 1):
                 problems.append(f"{field.name} = {value}, expected a positive number")
+            if field.type is float and not 0 < value < math.inf:
+                problems.append(f"{field.name} = {value}, expected a positive number")
         if not problems and self.d_model % (2 * self.n_head):
             problems.append(f"d_model = {self.d_model} is not a multiple of 2 x n_head = {2 * self.n_head}")
         if not problems and self.n_head % self.n_kv_head:

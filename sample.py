@@ -13,12 +13,12 @@ Text streams as it is made, whole characters at a time. Of several texts the sec
 import argparse
 import contextlib
 import itertools
-import json
 import operator
 import signal
 import sys
 import time
-from pathlib import Path
+
+from tokenizer import load_tokenizer, read_text
 
 
 def get_args(argv=None):
@@ -59,17 +59,7 @@ def get_args(argv=None):
 
 
 def read_prompt(path):
-    try:
-        return prompt_of(Path(path).read_bytes(), path)
-    except OSError as error:
-        raise SystemExit(f"--file {path}: {error.strerror}")
-
-
-def prompt_of(content, name):
-    try:
-        return content.decode("utf-8").removesuffix("\n").removesuffix("\r")
-    except UnicodeDecodeError as error:
-        raise SystemExit(f"{name} is not UTF-8 (byte {error.start}): convert it, e.g. iconv -f gb18030 -t utf-8")
+    return read_text(path).removesuffix("\n").removesuffix("\r")
 
 
 if __name__ == "__main__":
@@ -78,8 +68,8 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
+from checkpoint import description  # noqa: E402
 from model import Decoder, choose_device  # noqa: E402
-from tokenizer import load_tokenizer  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------
 # Logits -> logits, [B, V]
@@ -158,7 +148,8 @@ def generate(
 
 def what_stands_in_front(model, tokenizer):
     """Of a prompt: in our training a document begins behind the end of another. Other programs put nothing in front of a text."""
-    return [tokenizer.eos_id] if (model.checkpoint / "state.json").exists() else []
+    about = description(model.checkpoint)
+    return [tokenizer.eos_id] if "step" in about or about.get("architectures") == ["NanoSteelForCausalLM"] else []
 
 
 def until(ids, stop_ids, taken):
@@ -239,8 +230,7 @@ def show(model, tokenizer, prompts, heads, args, generator):
 
 def trained_to_chat(checkpoint):
     """Whether train.py noted that what it read was mostly conversations. Weights from elsewhere have no such note."""
-    state = checkpoint / "state.json"
-    return state.exists() and json.loads(state.read_text(encoding="utf-8")).get("chat", False)
+    return description(checkpoint).get("chat", False)
 
 
 def chat_ids(tokenizer, messages, front):
@@ -291,15 +281,15 @@ def main(argv=None, args=None):
     args = args or get_args(argv)
     device = choose_device(args.device)
     model = Decoder.load(args.checkpoint).to(device).eval()
-    tokenizer = load_tokenizer(model.checkpoint)
+    tokenizer = load_tokenizer(model.checkpoint, model.config.vocab_size)
     generator = torch.Generator(device).manual_seed(args.seed)
     chat = trained_to_chat(model.checkpoint) if args.chat is None else args.chat
     if args.system is not None and not chat:
         raise SystemExit(f"--system {args.system}: {model.checkpoint} continues text, which has no such turn: add --chat")
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     texts, front = args.prompts, what_stands_in_front(model, tokenizer)
-    if not texts and not sys.stdin.isatty():
-        texts = [prompt_of(sys.stdin.buffer.read(), "standard input")]
+    if not texts and sys.stdin and not sys.stdin.isatty():
+        texts = [read_prompt(0)]
     if chat and not texts:
         return converse(model, tokenizer, system, args, generator)
     if chat:

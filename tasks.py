@@ -9,7 +9,8 @@ GSM8K (2110.14168).
 --score letter         the likeliest of the four letters behind question and options
         continuation   the likeliest option behind the question, which does not list them and whose shots do not either
                        (the cloze form of arXiv 2406.08446): plain, per character and per byte
-        chat           the letter (GSM8K: the last number) in a greedy answer to a user's turn, as in arXiv 2502.06635
+        chat           the letter (GSM8K: the last number) in a greedy answer to a user's turn, asked as Steel-LLM does (arXiv
+                       2502.06635); it reads answers by rules of its own, so that its percentages are not comparable to the last digit
         generate       GSM8K: the last number in a greedy continuation of question and shots
 """
 
@@ -127,7 +128,7 @@ def read_csv(path, has_header):
             rows = list(csv.reader(file))
     except FileNotFoundError:
         raise SystemExit(f"{path}: no such file: expected the folder as published")
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SystemExit(f"{path} is not a csv file in UTF-8 ({error}): download it again")
     wanted = ["question", *LETTERS.lower(), "answer"]
     columns = [name.strip().lower() for name in rows[0]] if has_header and rows else wanted
@@ -160,7 +161,7 @@ def read_gsm8k(path):
                 questions.append(Question(number, str(row["question"]), (), answer, row["answer"]))
     except FileNotFoundError:
         raise SystemExit(f"{path}: no such file: expected GSM8K's test.jsonl, and train.jsonl unless --shots 0")
-    except (ValueError, AttributeError, TypeError, KeyError):
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
         raise SystemExit(f'{path}, line {number}: expected {{"question": ..., "answer": "... #### N"}}')
     return questions
 
@@ -316,6 +317,11 @@ def last_number(text):
     return format(Decimal(numbers[-1].replace(",", "")).normalize(), "f") if numbers else None
 
 
+def answer_in(text, task, question):
+    """The letter or number that a greedy continuation gives; what it goes on to ask itself does not count."""
+    return letter_in(text) if question.options else last_number(text.split(task.before)[0])
+
+
 def pose(tokenizer, task, score, subject, context, front):
     """-> [(question, ids of its prompt, number of shots, options as ids)] of a Subject, for a model with a context of so many tokens.
 
@@ -360,8 +366,7 @@ def ask(model, tokenizer, task, score, subject, front=()):
                 yield question, shown, {measure: LETTERS[j] for measure, j in zip(measures, best)}, {"nats": known}
         else:
             for question, text in zip(questions, continue_greedily(model, tokenizer, prompts, new_tokens(task, model.config.block_size))):
-                found = letter_in(text) if question.options else last_number(text.split(task.before)[0])
-                yield question, shown, {score: found}, {"text": text}
+                yield question, shown, {score: answer_in(text, task, question)}, {"text": text}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -452,7 +457,7 @@ def run(args, device):
     records, results = [], []
     for given in args.checkpoints:
         model = Decoder.load(given).to(device).eval()
-        tokenizer = load_tokenizer(model.checkpoint)
+        tokenizer = load_tokenizer(model.checkpoint, model.config.vocab_size)
         if not model.has_cache and args.score in ("letter", "continuation"):
             raise SystemExit(f"{model.checkpoint}: dispatch = sequence reads what it is to predict: no likelihoods, use --score chat")
         mine = []
@@ -469,12 +474,12 @@ def run(args, device):
         print_report(mine, subjects)
         results.append((model.checkpoint, averages(mine, task.macro)))
         records += mine
+        if args.out:  # what is done is kept, whatever becomes of the next
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            write_atomically(Path(args.out), "".join(lines).encode("utf-8"))
     if len(results) > 1:
         print_row("mean of subjects" if task.macro else "mean of questions", results[0][1])
         for checkpoint, row in results:
             print_row(str(checkpoint), (f"{mean:.2f} ± {error:5.2f}" for mean, error in row.values()))
-    if args.out:
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        write_atomically(Path(args.out), "".join(lines).encode("utf-8"))
     if args.png:
         draw(plt, results, args.png)

@@ -119,7 +119,8 @@ class Tokenizer:
                      "added_tokens": [{"id": i, "content": text, **added} for i, text in sorted(zip(special_ids, SPECIALS))],
                      "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "post_processor": None,
                      "decoder": decoder, "model": model}  # fmt: skip
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT,
+        # Without auto_map transformers takes the tokenizer class of Qwen2 for every Qwen2 model, whatever tokenizer_class says.
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "auto_map": {"AutoTokenizer": [None, "TokenizersBackend"]}, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT,
                   "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE}  # fmt: skip
         write = lambda content: json.dumps(content, ensure_ascii=False)
         return {"tokenizer.json": write(tokenizer), "tokenizer_config.json": write(config)}
@@ -256,7 +257,10 @@ def qwen_content(path):
         return content
     vocab = json.loads(content)
     if isinstance(vocab.get("model"), dict):  # tokenizer.json; in vocab.json "model" is a token like any other
+        added = {token["id"]: token["content"] for token in vocab["added_tokens"]}
         vocab = vocab["model"]["vocab"]
+        if [added.get(len(vocab) + i) for i in range(len(SPECIALS))] != list(SPECIALS):
+            raise ValueError("other special tokens")
     byte_of = {character: byte for byte, character in CHARACTER_OF.items()}
     ranked = sorted(vocab.items(), key=lambda item: item[1])
     return b"".join(base64.b64encode(token.translate(byte_of).encode("latin-1")) + b" %d\n" % rank for token, rank in ranked)
@@ -270,7 +274,7 @@ class Qwen(Tokenizer):
 
         try:
             content = qwen_content(Path(path))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             content = b""  # JSON of another shape
         if hashlib.sha256(content).hexdigest() != QWEN_SHA256:
             raise SystemExit(f"{path} is not Qwen's vocabulary (sha256 of its ranks differs): fetch it with prepare.py --tokenizer qwen")
@@ -306,8 +310,11 @@ class Qwen(Tokenizer):
 FILES = {SentencePiece.FILE: SentencePiece, Qwen.FILE: Qwen, "tokenizer.json": Qwen, "vocab.json": Qwen}
 
 
-def load_tokenizer(path):
-    """The tokenizer in a folder (data/NAME, a checkpoint, a Hugging Face model) or in one file, told apart by the file's ending."""
+def load_tokenizer(path, rows=None):
+    """The tokenizer in a folder (data/NAME, a checkpoint, a Hugging Face model) or in one file, told apart by the file's ending.
+
+    rows: how many ids the model has that it is for; a tokenizer with more is refused.
+    """
     path = Path(path)
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).exists()]
@@ -319,7 +326,22 @@ def load_tokenizer(path):
     kinds = {Path(name).suffix: kind for name, kind in FILES.items()}
     if path.suffix not in kinds:
         raise SystemExit(f"{path} is no tokenizer: expected a file ending in {' or '.join(kinds)}")
-    return kinds[path.suffix](path)
+    tokenizer = kinds[path.suffix](path)
+    if rows is not None and tokenizer.vocab_size > rows:
+        raise SystemExit(f"{path} has {tokenizer.vocab_size} ids, the model beside it {rows}: they do not belong together")
+    return tokenizer
+
+
+def read_text(path):
+    """A UTF-8 file as it is, line ends too; 0 is standard input."""
+    name = path or "standard input"
+    try:
+        with open(path, "rb") as file:
+            return file.read().decode("utf-8")
+    except OSError as error:
+        raise SystemExit(f"{name}: {error.strerror}")
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"{name} is not UTF-8 (byte {error.start}): convert it, e.g. iconv -f gb18030 -t utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -351,12 +373,7 @@ def compare(text, tokenizers):
 
 def main(argv=None):
     args = get_args(argv)
-    try:
-        text = Path(args.file).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise SystemExit(f"{args.file}: {error.strerror}")
-    except UnicodeDecodeError as error:
-        raise SystemExit(f"{args.file} is not UTF-8 (byte {error.start}): convert it, e.g. iconv -f gb18030 -t utf-8")
+    text = read_text(args.file)
     if not text:
         raise SystemExit(f"{args.file} is empty: nothing to compare")
     given = args.tokenizers or sorted({path.parent for name in FILES for path in Path("data").glob(f"*/{name}")})

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from checkpoint import description
 from model import Config, Decoder
 from tokenizer import load_tokenizer
 
@@ -96,7 +97,7 @@ def read_safetensors(path):
 def spans(header, size):
     """What a header says of size bytes -> [(begin, end, name, dtype, shape)] in the order of the bytes, which they cover once."""
     found, at = [], 0
-    counts = lambda value: isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+    counts = lambda value: isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in value)
     for name, entry in header.items():
         dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets")) if isinstance(entry, dict) else [None] * 3
         if not (isinstance(dtype, str) and counts(shape) and counts(offsets) and len(offsets) == 2):
@@ -178,7 +179,7 @@ ONLY = {  # what would make it another function; left out or null, it is this
 NO_MATTER = set("""
     architectures auto_map model_type _name_or_path transformers_version torch_dtype dtype use_cache _attn_implementation
     initializer_range attention_dropout output_router_logits router_aux_loss_coef bos_token_id eos_token_id pad_token_id
-    sliding_window max_window_layers intermediate_size norm_topk_prob
+    sliding_window max_window_layers intermediate_size norm_topk_prob chat
 """.split())
 
 
@@ -219,7 +220,10 @@ def read_config(folder):
     if kind == OWN:
         values = {field.name: take(field.name, field.type, field.default) for field in fields(Config)}
     elif kind in (QWEN2, QWEN2_MOE, STEEL):
-        found |= take("rope_parameters", dict, {})
+        rope = take("rope_parameters", dict, {})
+        if twice := [name for name in rope if found.get(name, rope[name]) != rope[name]]:
+            refuse(f"rope_parameters say another {', '.join(twice)}")
+        found |= rope
         types, defaults = {field.name: field.type for field in fields(Config)}, {"num_key_value_heads": found.get("num_attention_heads")}
         values = {ours: take(theirs, types[ours], defaults.get(theirs)) for theirs, ours in FIELDS.items()}
         for name, value in ONLY.items():
@@ -247,15 +251,18 @@ def read_config(folder):
     if unknown := sorted(found.keys() - NO_MATTER):
         refuse(f"unknown {', '.join(unknown)}: what does not change what the model computes can be deleted from the file")
     try:
-        return Config(**values), shared_width
-    except SystemExit as error:
-        refuse(error)
+        config = Config(**values)
+        with torch.device("meta"):
+            Decoder(config)
+        return config, shared_width
+    except (SystemExit, RuntimeError) as error:
+        refuse(str(error).splitlines()[0])
 
 
-def config_json(config):
-    """Config -> the content of config.json."""
+def config_json(config, chat=False):
+    """Config -> the content of config.json; chat: what sample.py does with it if nothing is said."""
     kind = architecture(config)
-    found = {"architectures": [kind]}
+    found = {"architectures": [kind], "chat": chat}
     if kind == OWN:
         return found | asdict(config)
     found |= {"model_type": {QWEN2: "qwen2", QWEN2_MOE: "qwen2_moe"}[kind], "torch_dtype": "float32", "hidden_act": "silu"}
@@ -359,10 +366,10 @@ def load(folder):
 
 
 @torch.no_grad()
-def export(model, folder, tokenizer_files, ends, suppress=()):
+def export(model, folder, tokenizer_files, ends, suppress=(), chat=False):
     """Write a model as a folder, which appears when all of it is there.
 
-    tokenizer_files {name: bytes}; ends: the ids for bos_token_id and eos_token_id; suppress: ids never to be sampled.
+    tokenizer_files {name: bytes}; ends: the ids for bos_token_id and eos_token_id; suppress: ids never to be sampled; chat: a note.
     """
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -377,7 +384,7 @@ def export(model, folder, tokenizer_files, ends, suppress=()):
         tensors |= {name: torch.zeros(shape) for name, shape in shared.items()}
     write_safetensors(temporary / "model.safetensors", tensors)
     generation = ends | ({"suppress_tokens": list(suppress)} if suppress else {})
-    for name, content in (("config.json", config_json(config) | ends), ("generation_config.json", generation)):
+    for name, content in (("config.json", config_json(config, chat) | ends), ("generation_config.json", generation)):
         (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for name, content in tokenizer_files.items():
         (temporary / name).write_bytes(content)
@@ -387,11 +394,15 @@ def export(model, folder, tokenizer_files, ends, suppress=()):
 def main(argv=None):
     args = get_args(argv)
     model = Decoder.load(args.checkpoint)
-    tokenizer, config = load_tokenizer(model.checkpoint), model.config
+    config = model.config
+    tokenizer = load_tokenizer(model.checkpoint, config.vocab_size)
     files = {name: text.encode("utf-8") for name, text in tokenizer.transformers_files().items()}
     files[tokenizer.FILE] = tokenizer.content
     ends = {"bos_token_id": tokenizer.eos_id, "eos_token_id": [tokenizer.eos_id, tokenizer.chat_end_id]}
-    export(model, args.export, files, ends, range(tokenizer.vocab_size, config.vocab_size))
+    try:
+        export(model, args.export, files, ends, range(tokenizer.vocab_size, config.vocab_size), description(model.checkpoint).get("chat", False))
+    except OSError as error:
+        raise SystemExit(f"--export {args.export}: {error.strerror}: name another folder, or make room")
     kind = architecture(config)
     print(f"exported: {model.checkpoint} -> {args.export}, {kind}")
     if kind == OWN:

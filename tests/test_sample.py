@@ -9,6 +9,7 @@ import re
 import select
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from conftest import ROOT, TINY, call, python, refused
 from test_model import CAUSAL_KINDS, small
 
 from model import Decoder
-from sample import before_stop, chat_ids, fit, generate, keep_min_p, keep_top_k, keep_top_p, penalize_repeats, pick, trained_to_chat, until
+from sample import (
+    before_stop, chat_ids, continuations, fit, generate, keep_min_p, keep_top_k, keep_top_p, penalize_repeats, pick, trained_to_chat, until,
+)  # fmt: skip
 from sources import fetch, read_novel
 from tokenizer import load_tokenizer
 
@@ -143,6 +146,8 @@ def test_the_command(run, tmp_path):
     texts = ("却说曹操", "话说天下大势，分久必合", "")
     together = greedy(*(part for text in texts for part in ("--prompt", text)))
     assert together == "".join(greedy("--prompt", text) for text in texts)
+    for flags in (("--top-k", 1), ("--top-p", 1e-6), ("--min-p", 1)):
+        assert sample("--prompt", "却说曹操", *flags).stdout == greedy("--prompt", "却说曹操")
     line = greedy("--prompt", "却说曹操").splitlines()[1].removeprefix("却说曹操")
     assert greedy("--prompt", "却说曹操", "--stop", line[3:5], "--stop", "no").splitlines()[1] == "却说曹操" + line[: line.index(line[3:5])]
     long = sample("--prompt", "却说曹操", "--max-new-tokens", 1000)
@@ -160,6 +165,21 @@ def test_the_command(run, tmp_path):
     (tmp_path / "prompt.txt").write_bytes(b"a\xff")
     refused(sample("--file", tmp_path / "prompt.txt", ok=False), "prompt.txt is not UTF-8 (byte 1)")
     refused(call("sample.py", tmp_path / "nothing", ok=False), "no checkpoint in", "python train.py")
+
+
+@torch.no_grad()
+def test_a_text_ends_at_an_end_of_text_or_of_turn(run, small_data):
+    model, tokenizer = Decoder.load(run), load_tokenizer(small_data)
+    args = SimpleNamespace(max_new_tokens=12, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, stop=[])
+    ids = lambda: continuations(model, tokenizer, [[1, 2, 3]], args, torch.Generator().manual_seed(0))[0]
+    pieces, taken = ids()
+    assert len("".join(pieces)) and len(taken) == 12
+    for name in ("eos_id", "chat_end_id"):
+        setattr(tokenizer, name, taken[4])
+        again = ids()
+        "".join(again[0])
+        assert again[1] == taken[: taken.index(taken[4])]
+        setattr(tokenizer, name, -2)
 
 
 def test_a_model_without_a_cache_takes_unequal_prompts_one_by_one(small_data, tmp_path):

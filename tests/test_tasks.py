@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import random
 import statistics
 
 import pytest
@@ -15,7 +16,7 @@ from eval import data_of
 from model import Config, Decoder
 from sample import generate
 from sources import fetch_qwen
-from tasks import TASKS, Subject, ask, continue_greedily, last_number, letter_ids, letter_in, log_likelihoods, pose, read_subjects
+from tasks import TASKS, Question, Subject, answer_in, ask, continue_greedily, last_number, letter_ids, letter_in, log_likelihoods, pose, read_subjects
 from tokenizer import load_tokenizer, train_sentencepiece
 from weights import hugging_face_tensors
 
@@ -226,6 +227,26 @@ def test_letters_and_numbers_are_found_in_answers():
         ("18", "18"), ("#### 1,200", "1200"), ("3 apples and $4.50.", "4.5"), ("-7 left", "-7"), ("none", None), ("100.00", "100"),
     ):  # fmt: skip
         assert last_number(text) == number, text
+    question = Question(1, "?", (), "5", "")
+    assert answer_in(" 2 + 3 = 5\n\nQuestion: and 7?", TASKS["gsm8k"], question) == "5"
+    assert answer_in("答案：D", TASKS["cmmlu"], question._replace(options=tuple("甲乙丙丁"))) == "D"
+
+
+@torch.no_grad()
+def test_continuations_are_chosen_as_they_are_per_character_and_per_byte(small_data):
+    tokenizer = load_tokenizer(small_data)
+    model, rng, differ = small(torch.float32, vocab_size=tokenizer.vocab_size), random.Random(0), set()
+    for _ in range(20):
+        options = ["".join(rng.choice("abcdef却说曹操") for _ in range(rng.randrange(1, 9))) for _ in range(4)]
+        question = Question(1, "何者？", tuple(options), "A", options[0])
+        ((_, _, predicted, _),) = ask(model, tokenizer, TASKS["cmmlu"], "continuation", Subject("艺术学", [], [question], []))
+        prompt = tokenizer.encode("以下是关于艺术学的单项选择题，请直接给出正确答案的选项。\n\n题目：何者？\n答案是：")
+        nats = [alone(model, prompt, tokenizer.encode(option)) for option in options]
+        best = lambda lengths: "ABCD"[max(range(4), key=lambda j: nats[j] / lengths[j])]
+        expected = (best([1] * 4), best([len(o) for o in options]), best([len(o.encode()) for o in options]))
+        assert tuple(predicted.values()) == expected and list(predicted) == ["plain", "per character", "per byte"]
+        differ.add(len(set(expected)))
+    assert max(differ) > 1
 
 
 # --- tables
@@ -284,6 +305,11 @@ def test_the_command(small_data, tmp_path):
         assert record["predicted"]["longest option"] == ("A" if record["row"] == 7 else "D")
         assert record["predicted"]["letter"] == (None if record["row"] == 7 else "ABCD"[record["nats"].index(max(record["nats"]))])
         assert record["shots"] == (None if record["row"] == 7 else 2)
+    assert "room for fewer" not in shown
+    model, tokenizer = Decoder.load(steps[0]), load_tokenizer(small_data)  # its training had an end of text in front of every document
+    subject = read_subjects("cmmlu", tmp_path / "cmmlu", "test", 2)["arts"]
+    _, ids, _, letters = pose(tokenizer, TASKS["cmmlu"], "letter", subject, 256, [tokenizer.eos_id])[0]
+    assert records[0]["nats"] == pytest.approx(log_likelihoods(model, [ids], [letters])[0], abs=1e-4)
     shown = call("eval.py", steps[0], *flags, "--score", "continuation").stdout
     assert all(measure in shown for measure in ("plain", "per character", "per byte"))
     assert "no answer" in call("eval.py", steps[0], *flags[:-2], "--score", "chat").stdout

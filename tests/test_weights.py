@@ -12,12 +12,12 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 import transformers
-from conftest import call, python, refused
+from conftest import TINY, call, python, refused
 from test_model import SMALL, randomized, released_steel_layer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from model import Decoder
-from sample import generate
+from sample import generate, trained_to_chat
 from tokenizer import load_tokenizer
 from weights import export, read_safetensors, write_safetensors
 
@@ -204,24 +204,42 @@ def test_a_folder_that_is_not_empty_is_refused_and_an_empty_one_filled(tmp_path)
     assert before == {path: path.read_bytes() for path in (tmp_path / "empty").iterdir()}
 
 
-def test_the_command_exports_what_sample_and_eval_read(small_data, tmp_path):
+@pytest.mark.parametrize("changes, architecture", [
+    (dict(dispatch="token", router="linear"), "Qwen2MoeForCausalLM"), (dict(ffn="dense"), "Qwen2ForCausalLM")
+])  # fmt: skip
+def test_the_command_exports_what_transformers_continues_alike_with_our_tokenizer(changes, architecture, small_data, tmp_path):
     tokenizer = load_tokenizer(small_data)
-    files = {"tokenizer.model": tokenizer.path.read_bytes()}
-    model = ours(vocab_size=tokenizer.vocab_size + 5, dispatch="token", router="linear")
-    export(model, tmp_path / "a", files, {})
-    (tmp_path / "text.txt").write_text("却说曹操引兵渡河", encoding="utf-8")
-    result = python("model.py", tmp_path / "a", "--export", tmp_path / "b")
-    assert "Qwen2MoeForCausalLM" in result.stdout
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    model = ours(vocab_size=tokenizer.vocab_size + 5, block_size=32_768, **changes)
+    export(model, tmp_path / "a", {tokenizer.FILE: tokenizer.content}, {})
+    (tmp_path / "text.txt").write_bytes("却说\r\n".encode())
+    assert f", {architecture}\n" in python("model.py", tmp_path / "a", "--export", tmp_path / "b").stdout
+    theirs, their_tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "b"), AutoTokenizer.from_pretrained(tmp_path / "b")
     assert theirs.generation_config.eos_token_id == [tokenizer.eos_id, tokenizer.chat_end_id]
-    their_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "b")
+    assert theirs.generation_config.suppress_tokens == list(range(tokenizer.vocab_size, tokenizer.vocab_size + 5))
+    assert their_tokenizer("却说曹操 a").input_ids == tokenizer.encode("却说曹操 a")
     text = theirs.generate(**their_tokenizer("却说", return_tensors="pt", return_token_type_ids=False), do_sample=False, max_new_tokens=10)[0]
-    assert their_tokenizer.decode(text) + "\n" == call(
-        "sample.py", tmp_path / "b", "--prompt", "却说", "--temperature", 0, "--max-new-tokens", 10
-    ).stdout.partition("\n")[2]  # fmt: skip
-    assert str(tmp_path / "b") in call("eval.py", tmp_path / "b", "--text", tmp_path / "text.txt").stdout
+    flags = ("--prompt", "却说", "--temperature", 0, "--max-new-tokens", 10)
+    assert their_tokenizer.decode(text) + "\n" == call("sample.py", tmp_path / "b", *flags).stdout.partition("\n")[2]
+    scored = call("eval.py", tmp_path / "b", "--text", tmp_path / "text.txt").stdout.splitlines()[1].split()
+    assert scored[0] == str(tmp_path / "b") and int(scored[4]) == len(tokenizer.encode("却说\r\n"))
+    assert call("eval.py", tmp_path / "b", "--data", small_data).stdout.count("\n") == 2
     refused(call("eval.py", tmp_path / "b", ok=False), tmp_path / "b", "give --data, --text or --task")
     refused(call("weights.py", tmp_path / "a", "--export", tmp_path / "b", ok=False), tmp_path / "b", "not empty")
+    refused(call("weights.py", tmp_path / "a", "--export", tmp_path / "text.txt" / "x", ok=False), "--export", "Not a directory")
+    export(ours(vocab_size=100), tmp_path / "small", {tokenizer.FILE: tokenizer.content}, {})
+    refused(call("sample.py", tmp_path / "small", ok=False), "has 4000 ids, the model beside it 100")
+
+
+def test_what_only_this_program_reads_is_said_and_stays_as_it_was(small_data, tmp_path):
+    call("train.py", "--data", small_data, "--out", tmp_path / "run", *TINY, "--steps", 2)
+    said = call("weights.py", tmp_path / "run", "--export", tmp_path / "out").stdout
+    assert "NanoSteelForCausalLM\nonly nanoSteel reads this folder" in said
+    texts = [call("sample.py", tmp_path / name, "--temperature", 0).stdout.partition("\n")[2] for name in ("run", "out")]
+    assert texts[0] == texts[1]
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["chat"] is False and not trained_to_chat(tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"chat": True}), encoding="utf-8")
+    assert trained_to_chat(tmp_path / "out") and same_bits(Decoder.load(tmp_path / "out"), Decoder.load(tmp_path / "run")) is None
 
 
 # --- safetensors
