@@ -336,7 +336,7 @@ def read_text(path):
     """A UTF-8 file as it is, line ends too; 0 is standard input."""
     name = path or "standard input"
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", closefd=path != 0) as file:
             return file.read().decode("utf-8")
     except OSError as error:
         raise SystemExit(f"{name}: {error.strerror}")
