@@ -765,12 +765,22 @@ def main(argv=None):
         log.file.close()
     if world > 1:
         dist.barrier()  # no rank leaves while another is still at work
-        sys.stdout.flush()
-        os._exit(int(not whole))  # at an ordinary end gloo's threads abort the process now and then: "terminate called without ..."
     if not whole:
         raise SystemExit(1)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before the first step ends it without a traceback
-    main()
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    if dist.is_initialized():  # then gloo's threads abort an ordinary end now and then: "terminate called without an active exception"
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -457,8 +457,9 @@ def test_two_nodes_are_two_processes(whole, small_data, tmp_path):
 
 def test_ranks_that_were_started_differently_are_refused(small_data, tmp_path):
     flags = ["train.py", "--data", small_data, "--out", tmp_path / "run", *TINY, "--steps", 2]
-    processes = start(2, "-c", "import os, sys, train; train.main(sys.argv[2:] + ['--seed', os.environ['RANK']])", *flags)
-    said = processes[1].communicate(timeout=60)[1]
+    script = "import os, runpy, sys; sys.argv = sys.argv[1:] + ['--seed', os.environ['RANK']]; runpy.run_path('train.py', run_name='__main__')"
+    processes = start(2, "-c", script, *flags)
+    said = processes[1].communicate(timeout=120)[1]
     processes[0].kill()
     processes[0].communicate()
     assert "has other flags than rank 0: start all nodes alike, on one shared disk" in said.strip().splitlines()[-1]
