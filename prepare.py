@@ -691,11 +691,13 @@ def targets_of(blocks, i):
 
 def main(argv=None):
     args = get_args(argv)
+    added_to = (args.out / "manifest.json").exists()
     try:
         prepare(args.inputs, args.out, args.tokenizer, args.vocab_size, args.pipeline, args.reference, args.workers, args.show_dropped)
     except OSError as error:
         raise SystemExit(f"{error.filename or args.out}: {error.strerror}: what was there is as it was; mend this, and the same command goes on")
-    print(f"next: python train.py --data {args.out} --out out/{args.out.name}")
+    resume = " --resume" if added_to else ""
+    print(f"next: python train.py --data {args.out} --out out/{args.out.name}{resume}")
 
 
 if __name__ == "__main__":

@@ -227,7 +227,7 @@ def train_sentencepiece(texts, vocab_size, path):
         if refusal:
             raise refusal
         reason = re.sub(r"^.*\] *", "", str(error).strip().splitlines()[-1])
-        raise SystemExit(f"no tokenizer of {vocab_size} pieces from this text ({reason}): more text, or another --vocab-size")
+        raise SystemExit(f"no tokenizer of {vocab_size} pieces from this text ({reason}): more text, a smaller --vocab-size, or another folder's with --tokenizer FOLDER")
     if refusal:
         raise refusal
     temporary = Path(f"{path}.tmp")  # a full disk must not leave half of a model

@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import Log, newest_checkpoint, put_aside, read_tensors, save_checkpoint
-from eval import MAX_TOKENS, evaluate
+from eval import MAX_TOKENS, evaluate, evenly_spaced
 from model import CHOICES, PRESETS, Config, Decoder, choose_device
 from prepare import TokenData, prepare, targets_of
 from sample import generate
@@ -564,6 +564,7 @@ def main(argv=None):
         if others := ", ".join(f"{key} {then} -> {machine[key]}" for key, then in state["machine"].items() if machine[key] != then):
             say(f"note: {others}: goes on, but not to the same bits")
         load_optimizers(optimizers, checkpoint)
+        say(f"goes on from {checkpoint}")
         step, phases, seconds, skipped, in_a_row, recent = (
             state[key] for key in ("step", "phases", "seconds", "skipped", "in_a_row", "recent")
         )
@@ -691,7 +692,8 @@ def main(argv=None):
 
     if compiled:
         say("compiling: the first step takes up to a minute")
-    bytes_per_token = sum(s["bytes"] for s in data.shards) / sum(s["tokens"] for s in data.shards)
+    targets = np.concatenate([targets_of(data, i) for i in evenly_spaced(data, 1 << 16)])
+    bytes_per_token = np.mean([len(tokenizer.token_bytes[i]) for i in targets[targets >= 0]] or [1])
     last_saved = step if checkpoint else None
     while progress() < 1 and not stop:
         if args.eval_every and step % args.eval_every == 0 and step > evaluated and score(args.eval_tokens) is None:
@@ -779,6 +781,11 @@ if __name__ == "__main__":
         if isinstance(code, str):
             print(code, file=sys.stderr)
             code = 1
+    except RuntimeError as error:
+        if not dist.is_initialized() or "gloo" not in str(error):
+            raise
+        print(f"rank {os.environ['RANK']}: another process has ended ({str(error).splitlines()[0]})", file=sys.stderr)
+        code = 1
     if dist.is_initialized():  # then gloo's threads abort an ordinary end now and then: "terminate called without an active exception"
         sys.stdout.flush()
         sys.stderr.flush()
