@@ -81,9 +81,9 @@ def step_of(layer, T, args):
     return step
 
 
-def seconds(steps, repeats):
+def seconds(steps, repeats, warm_up=3):
     """Medians of several functions' times, taken in turns, so that a slow spell of the machine hits all of them."""
-    for step in steps * 3:
+    for step in steps * warm_up:
         step()
     times = [[] for _ in steps]
     for _ in range(repeats):
@@ -361,7 +361,7 @@ def benchmark_loss(args, V=151_936, D=512, N=8192):
         hidden.grad = weight.grad = None
         loss().backward()
 
-    took = dict(zip(losses, seconds([functools.partial(step, loss) for loss in losses.values()], 1)))
+    took = dict(zip(losses, seconds([functools.partial(step, loss) for loss in losses.values()], repeats=2, warm_up=1)))
     peak = {name: peak_memory(functools.partial(step, loss)) for name, loss in losses.items()}
     print(f"loss of {N:,} tokens, width {D}, vocabulary {V:,}: chunks {took['chunks']:.1f} s, {peak['chunks'] / 1e9:.2f} GB; "
           f"plain {took['plain']:.1f} s, {peak['plain'] / 1e9:.2f} GB: {took['chunks'] / took['plain']:.2f}x, {peak['chunks'] / peak['plain']:.2f}x")  # fmt: skip
