@@ -351,7 +351,7 @@ def benchmark_training(config, B, args):
         print(f"    {name:<24}{1000 * took:>8.1f} ms{B * T / took:>9,.0f} tokens/s   {100 * flops / took / peak:3.0f} %")
 
 
-def benchmark_loss(args, V=151_936, D=512, N=8192):
+def benchmark_loss(args, V=151_936, D=512, N=2048):
     """Forward and backward of the loss at Qwen's vocabulary, in chunks and with all logits at once."""
     hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
     targets = torch.randint(V, (N,))
