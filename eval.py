@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 import tasks
 from model import Config, Decoder, choose_device, cross_entropy
-from prepare import TokenData, targets_of
+from prepare import TokenData, inputs_and_targets
 from tokenizer import load_tokenizer, read_text
 
 TASK_FLAGS = ("questions", "split", "shots", "score", "out")
@@ -110,8 +110,8 @@ def evaluate(model, blocks, token_bytes, device="cpu", batch_tokens=4096, max_to
             model.train(training)
             return None
         numbers = chosen[start : start + batch]
-        ids = np.stack([blocks[max(i, 0)][:-1] for i in numbers])
-        targets = np.stack([targets_of(blocks, i) if i >= 0 else np.full(T, -1) for i in numbers])
+        ids, targets = (np.stack(rows) for rows in zip(*(inputs_and_targets(blocks, max(i, 0)) for i in numbers)))
+        targets[numbers < 0] = -1
         counted = targets[targets >= 0]
         ids, targets = (torch.from_numpy(a).to(device) for a in (ids, targets))
         with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
@@ -333,7 +333,9 @@ def main(argv=None):
     for i, given in enumerate(args.checkpoints):
         model = Decoder.load(given).to(device)
         path, config = model.checkpoint, model.config
-        tokenizer, T = load_tokenizer(path, config.vocab_size), min(config.block_size, 2048)  # Hugging Face's contexts are for generation
+        tokenizer, T = load_tokenizer(path, config.vocab_size), config.block_size
+        if not (path / "state.json").exists():  # the contexts of Hugging Face's models are far longer than what a text is scored in
+            T = min(T, 2048)
         if args.routing:
             print_routing(model, tokenizer, args.prompt or "却说曹操引兵渡河，正遇关公。", args.png)
             continue

@@ -661,32 +661,38 @@ class TokenData:
         return any(mask is not None for mask in self.masks)
 
     def n_targets(self, i):
-        """How many targets of block i count."""
-        return int((self.targets(i) >= 0).sum())
+        """How many targets of block i count; reads its mask alone."""
+        k, where = self._place(i)
+        return self.block_size if self.masks[k] is None else int((self.masks[k][where][1:] != 0).sum())
 
     def __len__(self):
         return int(self.first[-1])
 
     def __getitem__(self, i):
-        return self._block(i)[0]
+        k, where = self._place(i)
+        return self.tokens[k][where].astype(np.int64)
 
-    def targets(self, i):
-        """What block i is to predict: its ids from the second on, -1 where a chat's mask says that one does not count; [T] int64."""
-        ids, mask = self._block(i)
-        return ids[1:] if mask is None else np.where(mask[1:], ids[1:], -1)
-
-    def _block(self, i):
+    def _place(self, i):
+        """Shard and slice of block i."""
         if not 0 <= i < len(self):
             raise IndexError(f"block {i} of {len(self)}")
         k = int(np.searchsorted(self.first, i, side="right")) - 1
         start = (i - int(self.first[k])) * self.block_size
-        where = slice(start, start + self.block_size + 1)
-        return self.tokens[k][where].astype(np.int64), None if self.masks[k] is None else self.masks[k][where]
+        return k, slice(start, start + self.block_size + 1)
 
 
-def targets_of(blocks, i):
-    """Of prepared data those that count, of chat only what the assistant writes; of a list of blocks all."""
-    return blocks.targets(i) if isinstance(blocks, TokenData) else blocks[i][1:]
+def inputs_and_targets(blocks, i):
+    """What block i, of prepared data or of a list, gives a model to read and to predict, [T] int64 each.
+
+    Of a chat what the assistant does not write is -1 as a target, which does not count.
+    """
+    ids = blocks[i]
+    targets = ids[1:]
+    if isinstance(blocks, TokenData) and blocks.has_masks:
+        k, where = blocks._place(i)
+        if blocks.masks[k] is not None:
+            targets = np.where(blocks.masks[k][where][1:], targets, -1)
+    return ids[:-1], targets
 
 
 def main(argv=None):

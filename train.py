@@ -38,7 +38,7 @@ import torch.distributed as dist
 from checkpoint import Log, newest_checkpoint, put_aside, read_tensors, save_checkpoint
 from eval import MAX_TOKENS, evaluate, evenly_spaced
 from model import CHOICES, PRESETS, Config, Decoder, choose_device
-from prepare import TokenData, prepare, targets_of
+from prepare import TokenData, inputs_and_targets, prepare
 from sample import generate
 from tokenizer import load_tokenizer
 
@@ -177,8 +177,8 @@ def block_at(i, phases, seed):
 
 def batch_at(data, phases, seed, first, count):
     """Samples first .. first + count of the last phase -> ids, targets [count, T]."""
-    blocks = [block_at(i, phases, seed) for i in range(first, first + count)]
-    return tuple(torch.from_numpy(np.stack(rows)) for rows in ([data[i][:-1] for i in blocks], [targets_of(data, i) for i in blocks]))
+    pairs = (inputs_and_targets(data, block_at(i, phases, seed)) for i in range(first, first + count))
+    return tuple(torch.from_numpy(np.stack(rows)) for rows in zip(*pairs))
 
 
 def targets_at(data, phases, seed, first, count):
@@ -692,7 +692,7 @@ def main(argv=None):
 
     if compiled:
         say("compiling: the first step takes up to a minute")
-    targets = np.concatenate([targets_of(data, i) for i in evenly_spaced(data, 1 << 16)])
+    targets = np.concatenate([inputs_and_targets(data, i)[1] for i in evenly_spaced(data, 1 << 16)])
     bytes_per_token = np.mean([len(tokenizer.token_bytes[i]) for i in targets[targets >= 0]] or [1])
     last_saved = step if checkpoint else None
     while progress() < 1 and not stop:
@@ -755,14 +755,14 @@ def main(argv=None):
 
     if last_saved != step or not finish_saving():
         save()
+    whole = finish_saving()
     result = None if progress() < 1 else score(MAX_TOKENS)
     if result:
         loss, bpb, tokens = result["loss"], result["bpb"], sum(served for _, served in phases) * T
         say(f"done: step {step}, val loss {loss:.4f}, val bpb {bpb:.4f}, tokens {tokens}, {seconds:.0f} s")
         say(f"next: python sample.py {run}    python eval.py {run}")
-    elif finish_saving():
+    elif whole:
         say(f"stopped at step {step}; python train.py --resume --out {run} goes on")
-    whole = finish_saving()
     if rank == 0:
         log.file.close()
     if world > 1:

@@ -16,7 +16,7 @@ from conftest import ROOT, call, python, refused
 import prepare
 import sources
 from clean import clean_text
-from prepare import TokenData, outcomes_of, targets_of
+from prepare import TokenData, inputs_and_targets, outcomes_of
 from sources import fetch, read_novel
 from tokenizer import load_tokenizer
 
@@ -307,9 +307,10 @@ def test_chat_keeps_its_roles_and_counts_only_answers(tmp_path):
     assert [shard["name"] for shard in data.shards] == ["chat-messages-00000-0-train"]
     assert data.tokens[0].tolist() == expected and data.masks[0].tolist() == counted and 0 < sum(counted) < len(counted)
     for i in range(len(data)):
-        ids, targets = data[i], targets_of(data, i)
+        ids, targets = inputs_and_targets(data, i)
         at = slice(i * 64 + 1, i * 64 + 65)
-        assert targets.tolist() == [token if one else -1 for token, one in zip(ids[1:].tolist(), counted[at], strict=True)]
+        assert ids.tolist() == expected[i * 64 : i * 64 + 64] and data.n_targets(i) == sum(counted[at])
+        assert targets.tolist() == [token if one else -1 for token, one in zip(expected[at], counted[at], strict=True)]
     answers = tokenizer.decode([token for token, one in zip(expected, counted) if one])
     assert "谢谢" not in answers and "讲什么" not in answers
     (tmp_path / "out" / "chat-messages-00000-0-train.mask.npy").unlink()
