@@ -23,8 +23,7 @@ class Log:
     def __init__(self, run):
         try:
             run.mkdir(parents=True, exist_ok=True)
-            self.path, self.unwritten = run / "metrics.jsonl", b""
-            self.file = open(self.path, "a+b", buffering=0)
+            self.file, self.unwritten = open(run / "metrics.jsonl", "a+b", buffering=0), b""
         except OSError as error:
             raise SystemExit(f"{error.filename}: {error.strerror}: choose another --out, or make room")
         with contextlib.suppress(ImportError):

@@ -348,11 +348,11 @@ def new_tokens(task, context):
     return min(task.new_tokens, context // 4)
 
 
-def ask(model, tokenizer, task, score, subject, front=()):
+def ask(model, tokenizer, task, score, subject, front):
     """Yield (question, number of shots, {measure: answer or None}, {"nats" or "text": what it rests on}) for the questions of a Subject."""
     measures = ("plain", "per character", "per byte") if score == "continuation" else (score,)
     groups = {}  # by the number of shots: prompts with equally many begin alike
-    for posed in pose(tokenizer, task, score, subject, model.config.block_size, list(front)):
+    for posed in pose(tokenizer, task, score, subject, model.config.block_size, front):
         groups.setdefault(posed[2], []).append(posed)
     for shown, group in groups.items():
         questions, prompts, _, options = zip(*group)

@@ -251,12 +251,9 @@ def read_config(folder):
     if unknown := sorted(found.keys() - NO_MATTER):
         refuse(f"unknown {', '.join(unknown)}: what does not change what the model computes can be deleted from the file")
     try:
-        config = Config(**values)
-        with torch.device("meta"):
-            Decoder(config)
-        return config, shared_width
-    except (SystemExit, RuntimeError) as error:
-        refuse(str(error).splitlines()[0])
+        return Config(**values), shared_width
+    except SystemExit as error:
+        refuse(error)
 
 
 def config_json(config, chat=False):
@@ -343,8 +340,11 @@ def load(folder):
     folder = Path(folder)
     config, shared_width = read_config(folder)
     tensors, shared = read_folder(folder), shared_expert(config, shared_width)
-    with torch.device("meta"):  # names and shapes before any memory is taken
-        model = Decoder(config)
+    try:
+        with torch.device("meta"):  # names and shapes before any memory is taken
+            model = Decoder(config)
+    except RuntimeError as error:  # sizes beyond all bounds
+        raise SystemExit(f"{folder / 'config.json'}: {str(error).splitlines()[0]}")
     shapes = {name: tuple(tensor.shape) for name, tensor in hugging_face_tensors(model)} | shared
     problems = [f"{name} is missing" for name in shapes if name not in tensors]
     for name, tensor in tensors.items():

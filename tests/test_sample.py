@@ -1,5 +1,6 @@
 """Sampling: the filters against brute force, cached against uncached generation, the command, a chat at a terminal."""
 
+import io
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ from test_model import CAUSAL_KINDS, small
 
 from model import Decoder
 from sample import (
-    before_stop, chat_ids, continuations, fit, generate, keep_min_p, keep_top_k, keep_top_p, penalize_repeats, pick, trained_to_chat, until,
+    before_stop, chat_ids, continuations, converse, fit, generate, get_args, keep_min_p, keep_top_k, keep_top_p, penalize_repeats, pick, trained_to_chat, until,
 )  # fmt: skip
 from sources import fetch, read_novel
 from tokenizer import load_tokenizer
@@ -224,7 +225,7 @@ def chat_run(tmp_path_factory):
 
 @torch.no_grad()
 def test_a_chat_at_a_terminal(chat_run):
-    """Two turns, of which Ctrl-C ends the second, a third one that knows both, Ctrl-D; greedy, so that the answers are known."""
+    """Two turns, of which Ctrl-C ends the second, more that know both, until they no longer fit, Ctrl-D; greedy, so that the answers are known."""
     flags = "--system 你是诗人。 --temperature 0 --repetition-penalty 1.3 --max-new-tokens 300".split()
     process, terminal = pty.fork()
     if process == 0:
@@ -280,11 +281,35 @@ def test_a_chat_at_a_terminal(chat_run):
     begun.sort(key=lambda text: text != shown)  # Ctrl-C may have come between two steps: between noting a piece and showing it
     ask("后来呢？")
     shown, _ = answer()
-    assert any(shown == "".join(pieces([*messages[:-1], {"role": "assistant", "content": text}, messages[-1]])) for text in begun)
+    turn, at = lambda text: {"role": "assistant", "content": text}, len(messages) - 1
+    history = lambda text: [*messages[:at], turn(text), *messages[at:]]
+    begun = [text for text in begun if shown == "".join(pieces(history(text)))]
+    assert begun
+    for question in ("然后呢？", "结局如何？"):
+        messages.append(turn(shown))
+        ask(question)
+        shown = answer()[0].removeprefix("(the beginning of the chat no longer fits the context and is left out)\n")
+        kept = {text: fit(tokenizer, history(text), [tokenizer.eos_id], 1024 - 300) for text in begun}  # with room for the answer
+        begun = [text for text in begun if shown == "".join(pieces(kept[text]))]
+        assert begun, question
+    assert all(len(kept[text]) < len(history(text)) for text in begun)
     wait_for("> ")
     send("\x04")
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
     os.close(terminal)
+
+
+def test_a_question_beyond_the_context_is_not_answered(chat_run, monkeypatch, capsys):
+    model = Decoder.load(chat_run)
+    tokenizer = load_tokenizer(model.checkpoint)
+    length = len(chat_ids(tokenizer, [{"role": "user", "content": "龘" * 400}], [tokenizer.eos_id]))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(("龘" * 400 + "\n").encode()), encoding="utf-8"))
+    converse(model, tokenizer, [], get_args([str(chat_run)]), torch.Generator())
+    assert length > 1024
+    assert capsys.readouterr() == (
+        f"{model.checkpoint}: Ctrl-C ends an answer, Ctrl-D the chat\n> > \n",
+        f"(with this question there are {length} tokens, the model's context is 1024: shorten it)\n",
+    )
 
 
 def test_a_chat_with_prompts_answers_each_and_is_the_template(chat_run):

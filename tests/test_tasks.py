@@ -98,6 +98,18 @@ def test_gsm8k_and_folders_like_cmmlu(qwen, tmp_path):
     assert read_subjects("cmmlu", tmp_path, "test", 1)["古音学"].name == "古音学"
 
 
+def test_names_and_categories_of_ceval_are_those_of_its_mapping(tmp_path):
+    mapping = {"college_physics": ["College Physics", "大学物理", "STEM"], "clinical_medicine": ["Clinical Medicine", "临床医学"]}  # as published
+    (tmp_path / "subject_mapping.json").write_text(json.dumps(mapping), encoding="utf-8")
+    assert tasks.names_of("ceval", tmp_path, list(mapping)) == {"college_physics": ("大学物理", ["STEM", "Hard"]), "clinical_medicine": ("临床医学", [])}
+
+
+def test_the_average_of_a_benchmark_is_its_authors():
+    records = [{"subject": subject, "answer": "A", "predicted": {"letter": letter}} for subject, letter in (("a", "A"), ("b", "A"), ("b", "B"), ("b", "B"))]
+    means = {name: tasks.averages(records, task.macro)["letter"][0] for name, task in TASKS.items()}
+    assert means == pytest.approx({"ceval": 200 / 3, "cmmlu": 200 / 3, "mmlu": 50, "gsm8k": 50})
+
+
 def test_the_tables_of_subjects_are_whole():
     subjects = {task: [item for listed in tasks.SUBJECTS[task].values() for item in listed.split()] for task in ("cmmlu", "mmlu")}
     assert [len(set(subjects[task])) for task in ("cmmlu", "mmlu")] == [67, 57]
@@ -239,7 +251,7 @@ def test_continuations_are_chosen_as_they_are_per_character_and_per_byte(small_d
     for _ in range(20):
         options = ["".join(rng.choice("abcdef却说曹操") for _ in range(rng.randrange(1, 9))) for _ in range(4)]
         question = Question(1, "何者？", tuple(options), "A", options[0])
-        ((_, _, predicted, _),) = ask(model, tokenizer, TASKS["cmmlu"], "continuation", Subject("艺术学", [], [question], []))
+        ((_, _, predicted, _),) = ask(model, tokenizer, TASKS["cmmlu"], "continuation", Subject("艺术学", [], [question], []), [])
         prompt = tokenizer.encode("以下是关于艺术学的单项选择题，请直接给出正确答案的选项。\n\n题目：何者？\n答案是：")
         nats = [alone(model, prompt, tokenizer.encode(option)) for option in options]
         best = lambda lengths: "ABCD"[max(range(4), key=lambda j: nats[j] / lengths[j])]
@@ -264,7 +276,7 @@ def test_a_model_that_always_says_a(small_data, tmp_path, capsys):
     subjects = read_subjects("cmmlu", tmp_path, "test", 2)
     records = [
         {"subject": name, "answer": question.answer, "shots": shots, "predicted": predicted}
-        for name, subject in subjects.items() for question, shots, predicted, _ in ask(model, tokenizer, TASKS["cmmlu"], "letter", subject)
+        for name, subject in subjects.items() for question, shots, predicted, _ in ask(model, tokenizer, TASKS["cmmlu"], "letter", subject, [])
     ]  # fmt: skip
     tasks.print_report(records, subjects)
     printed = capsys.readouterr().out.splitlines()
