@@ -190,7 +190,7 @@ def benchmark_layer(args):
         caches.append(cache)
     times = seconds(steps, 20 * args.repeats)
     print("decoding, microseconds a token behind 64, 256, 1024, 4096 tokens: " + ", ".join(f"{1e6 * t:.0f}" for t in times)
-          + f"; state: {', '.join(str(cache.recent.numel()) for cache in caches)} numbers")  # fmt: skip
+          + f"; state: {', '.join(str(sum(a.numel() for a in cache.recent[0])) for cache in caches)} numbers")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -351,27 +351,34 @@ def benchmark_training(config, B, args):
         print(f"    {name:<24}{1000 * took:>8.1f} ms{B * T / took:>9,.0f} tokens/s   {100 * flops / took / peak:3.0f} %")
 
 
-def benchmark_loss(args, V=151_936, D=512, N=2048):
-    """Forward and backward of the loss at Qwen's vocabulary, in chunks and with all logits at once."""
-    hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
-    targets = torch.randint(V, (N,))
-    losses = {"chunks": lambda: cross_entropy(hidden, weight, targets), "plain": lambda: F.cross_entropy(F.linear(hidden, weight), targets)}
+def benchmark_loss(V=151_936, D=512, T=1024, B=8):
+    """A step of one block at Qwen's vocabulary, with the loss in chunks and with all logits at once."""
+    model = Decoder(Config(n_layer=1, d_model=D, vocab_size=V, block_size=T, tie_embeddings=True))
+    ids = torch.randint(V, (B, T + 1))
+    x, targets = ids[:, :-1], ids[:, 1:]
+    losses = {"chunks": lambda: model(x, targets), "plain": lambda: F.cross_entropy(model(x).flatten(0, 1), targets.flatten())}
 
     def step(loss):
-        hidden.grad = weight.grad = None
         loss().backward()
+        model.zero_grad()
 
-    took = dict(zip(losses, seconds([functools.partial(step, loss) for loss in losses.values()], repeats=2, warm_up=1)))
-    peak = {name: peak_memory(functools.partial(step, loss)) for name, loss in losses.items()}
-    print(f"loss of {N:,} tokens, width {D}, vocabulary {V:,}: chunks {took['chunks']:.1f} s, {peak['chunks'] / 1e9:.2f} GB; "
-          f"plain {took['plain']:.1f} s, {peak['plain'] / 1e9:.2f} GB: {took['chunks'] / took['plain']:.2f}x, {peak['chunks'] / peak['plain']:.2f}x")  # fmt: skip
+    steps = [functools.partial(step, loss) for loss in losses.values()]
+    peak = dict(zip(losses, map(peak_memory, steps)))
+    took = dict(zip(losses, seconds(steps, repeats=3, warm_up=0)))
+    print(f"step of {B} x {T} tokens, width {D}, vocabulary {V:,}: loss in chunks {took['chunks']:.1f} s, {peak['chunks'] / 1e9:.2f} GB; all logits at once "
+          f"{took['plain']:.1f} s, {peak['plain'] / 1e9:.2f} GB: {took['chunks'] / took['plain']:.2f}x the time, {peak['chunks'] / peak['plain']:.2f}x the memory")  # fmt: skip
 
 
 def benchmark_decoding(config, args, new=128):
-    """Greedy tokens/s of one text and of 16 at once, behind a short and a long prompt."""
-    models = {"causal": Decoder(config).eval(), "dense": Decoder(replace(config, ffn="dense")).eval(), "transformers": transformers_model(config).eval()}
+    """Greedy tokens/s of one text and of 16 at once, behind a short and a long prompt, whose own time is taken off."""
+    models = {"causal": Decoder(config), "causal, compiled": Decoder(config), "dense": Decoder(replace(config, ffn="dense")),
+              "dense, compiled": Decoder(replace(config, ffn="dense")), "transformers": transformers_model(config)}  # fmt: skip
+    for name, model in models.items():
+        model.eval()
+        if "compiled" in name:
+            model.step = torch.compile(model.step)
 
-    def run(name, B, T):
+    def run(name, B, T, new):
         ids = torch.randint(config.vocab_size, (B, T))
         if name == "transformers":
             models[name].generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
@@ -379,9 +386,10 @@ def benchmark_decoding(config, args, new=128):
             collections.deque(generate(models[name], ids, new, config.vocab_size, temperature=0), maxlen=0)
 
     cases = [(name, B, T) for name in models for B, T in ((1, 64), (16, 64), (1, 1024 - new))]
-    times = seconds([functools.partial(run, *case) for case in cases], max(1, args.repeats // 3))
-    for (name, B, T), took in zip(cases, times):
-        print(f"    greedy, {name:<14}{B:>3} at once behind {T:>5} tokens: {B * new / took:>7,.0f} tokens/s")
+    times = seconds([functools.partial(run, *case, length) for case in cases for length in (1, new + 1)], max(1, args.repeats // 3))
+    for (name, B, T), prompt, whole in zip(cases, times[::2], times[1::2]):
+        took = whole - prompt
+        print(f"    greedy, {name:<18}{B:>3} at once behind {T:>5} tokens: {B * new / took:>7,.0f} tokens/s")
 
 
 def main(argv=None):
@@ -396,7 +404,7 @@ def main(argv=None):
         benchmark_training(small, 8, args)
         benchmark_training(replace(small, n_layer=6, d_model=512, n_head=8, n_kv_head=8, vocab_size=8192, block_size=512), 4, args)
         benchmark_decoding(replace(small, block_size=2048), args)
-        benchmark_loss(args)
+        benchmark_loss()
 
 
 if __name__ == "__main__":

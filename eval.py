@@ -237,7 +237,8 @@ def routing(model, ids):
         x, place = inputs[:2]
         logits = ffn.router_logits(x)
         combine.append(logits[0].softmax(-1))
-        window.append(ffn.window_weights(F.pad(logits, (0, 0, ffn.window - 1, 0)), place.positions)[:, 0])
+        weights = ffn.window_weights(F.pad(logits, (0, 0, ffn.window - 1, 0)), place.absent) if ffn.window > 1 else torch.ones_like(logits)[None]
+        window.append(weights[:, 0].flip(0))
 
     hooks = [block.ffn.register_forward_pre_hook(look) for block in model.blocks]
     model(ids)

@@ -13,7 +13,7 @@ Shapes: B batch, T time, D width (d_model), H heads, G key/value heads, K head d
         E experts, P slots per expert, S = E * P slots, W window, h hidden width of an expert.
 """
 
-import copy
+import functools
 import json
 import math
 from dataclasses import dataclass, fields
@@ -86,6 +86,11 @@ class Config:
         return self.ffn == "soft_moe" and self.dispatch == "sequence"
 
     @property
+    def back(self):
+        """How many tokens before its own a slot of a Soft MoE reads."""
+        return self.window - 1 if self.ffn == "soft_moe" and self.dispatch == "causal" else 0
+
+    @property
     def matrices_per_expert(self):
         return {"swiglu": 3, "swiglu2": 4}[self.expert]
 
@@ -116,29 +121,32 @@ PRESETS = {
 
 
 class Cache:
-    """What decoding remembers: keys and values of every position, and the last W - 1 inputs of each Soft MoE layer.
+    """What decoding remembers of each layer: keys and values of every position, and of a Soft MoE what its router and its first matrix
+    made of the last W - 1 tokens.
 
     length   tokens seen so far, the same for every row of the batch
     start    [B, 1]: the number of the token that began the text being read; before it stand padding or other documents
     bounded  whether start can be other than 0
+    angles   [max_len, 2, 1, K]: cos and sin of every position
     """
 
     def __init__(self, config, batch, max_len, device, dtype):
-        self.length, self.max_len, self.bounded = 0, max_len, config.reset_id >= 0
-        self.start = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.config, self.length, self.max_len, self.bounded = config, 0, max_len, config.reset_id >= 0
+        zeros = functools.partial(torch.zeros, device=device, dtype=dtype)
+        self.start = zeros(batch, 1, dtype=torch.long)
         head_dim = config.d_model // config.n_head
-        kv_shape = (config.n_layer, batch, config.n_kv_head, max_len, head_dim)
-        self.k = torch.zeros(kv_shape, device=device, dtype=dtype)
-        self.v = torch.zeros(kv_shape, device=device, dtype=dtype)
-        back = config.window - 1 if config.ffn == "soft_moe" and config.dispatch == "causal" else 0
-        self.recent = torch.zeros(config.n_layer, batch, back, config.d_model, device=device, dtype=dtype)
+        self.k, self.v = ([zeros(batch, config.n_kv_head, max_len, head_dim) for _ in range(config.n_layer)] for _ in "kv")
+        widths = config.n_expert * config.slots_per_expert, config.n_expert * 2 * config.expert_width
+        self.recent = [[zeros(batch, config.back, width) for width in widths] for _ in range(config.n_layer)]
+        self.angles = rotary_angles(torch.arange(max_len, device=device), head_dim, config.rope_base, dtype)
 
     def repeat(self, batch, max_len):
         """This cache of one text for a batch of texts that all begin with it, of max_len positions at most."""
-        cache = copy.copy(self)
-        cache.max_len, cache.start = max_len, self.start.repeat(batch, 1)
-        cache.k, cache.v = (F.pad(a, (0, 0, 0, max_len - self.max_len)).repeat(1, batch, 1, 1, 1) for a in (self.k, self.v))
-        cache.recent = self.recent.repeat(1, batch, 1, 1)
+        cache = Cache(self.config, batch, max_len, self.start.device, self.k[0].dtype)
+        cache.length, cache.bounded, cache.start = self.length, self.bounded, self.start.repeat(batch, 1)
+        for own, ours in zip(cache.k + cache.v, self.k + self.v):
+            own[:, :, : self.length] = ours[:, :, : self.length]
+        cache.recent = [[a.repeat(batch, 1, 1) for a in recent] for recent in self.recent]
         return cache
 
 
@@ -159,13 +167,13 @@ class Attention(nn.Module):
         B, T, D = x.shape
         qkv = F.linear(x, self.qkv.flatten(0, 1), self.qkv_bias.flatten()).view(B, T, -1, self.head_dim)
         qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
-        q, k = rotate(qk, place.cos, place.sin).split([self.n_head, self.n_kv_head], dim=2)
+        q, k = rotate(qk, *place.angles.unbind(2)).split([self.n_head, self.n_kv_head], dim=2)
         q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # [B, H or G, T, K]
         if cache is not None:
-            end = cache.length + T
-            cache.k[layer, :, :, cache.length : end] = k
-            cache.v[layer, :, :, cache.length : end] = v
-            k, v = cache.k[layer, :, :, :end], cache.v[layer, :, :, :end]
+            stored = cache.k[layer], cache.v[layer]
+            for store, new in zip(stored, (k, v)):
+                store.narrow(2, cache.length, T).copy_(new)
+            k, v = (store.narrow(2, 0, cache.length + T) for store in stored)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=place.mask, is_causal=place.mask is None and T > 1, enable_gqa=self.n_head != self.n_kv_head
         )
@@ -175,10 +183,9 @@ class Attention(nn.Module):
 class Place(NamedTuple):
     """Where the tokens of one forward stand."""
 
-    positions: torch.Tensor  # [B or 1, T], counted from the first token that they may read
+    angles: torch.Tensor  # [B or 1, T, 2, 1, K], cos and sin of the positions, which count from the first token that may be read
     mask: torch.Tensor | None  # [B or 1, 1, T, length + T], true where attention may look; None: at all that came before
-    cos: torch.Tensor  # [B or 1, T, 1, K]
-    sin: torch.Tensor
+    absent: torch.Tensor | None  # [W, B or 1, T, 1], true where a slot's window reaches back over that first token; None: no window
 
 
 def place_tokens(ids, config, cache, dtype):
@@ -195,16 +202,18 @@ def place_tokens(ids, config, cache, dtype):
     if bounded or length and T > 1:
         seen = torch.arange(length + T, device=ids.device)
         mask = ((seen <= index[..., None]) & (seen >= (index - positions)[..., None]))[:, None]
-    if cache is not None:
-        cache.start, cache.bounded = start[:, -1:], bounded
-    return Place(positions, mask, *rotary_angles(positions, config.d_model // config.n_head, config.rope_base, dtype))
+    absent = (positions < torch.arange(config.back, -1, -1, device=ids.device)[:, None, None])[..., None] if config.back else None
+    if cache is None:
+        return Place(rotary_angles(positions, config.d_model // config.n_head, config.rope_base, dtype), mask, absent)
+    cache.start, cache.bounded = start[:, -1:], bounded
+    return Place(cache.angles[positions], mask, absent)
 
 
 def rotary_angles(positions, head_dim, base, dtype):
-    """cos and sin, [..., T, 1, K], of rotary positions (arXiv 2104.09864), half-split; angles in fp32."""
+    """cos and sin, [..., T, 2, 1, K], of rotary positions (arXiv 2104.09864), half-split; angles in fp32."""
     frequencies = base ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angles = positions[..., None, None].float() * frequencies
-    return torch.cat([angles.cos()] * 2, -1).to(dtype), torch.cat([angles.sin()] * 2, -1).to(dtype)
+    angles = positions[..., None].float() * frequencies.repeat(2)
+    return torch.stack([angles.cos(), angles.sin()], dim=-2)[..., None, :].to(dtype)
 
 
 def rotate(x, cos, sin):
@@ -231,33 +240,36 @@ class Dense(nn.Module):
 
 
 class WindowMix(torch.autograd.Function):
-    """What each slot reads: sum over k of weights[k] * (gate and up of the token k back).
+    """What each slot reads of the first matrix's results: sum over the window of weight * (gate and up of that token).
 
     Autograd would find the same gradients, but pad every shifted one by itself, and the compiler then masks each load.
     """
 
     @staticmethod
     def forward(ctx, u, weights):
-        """u [B, W - 1 + T, E, 1, 2, h], weights [W, B, T, E, P, 1] -> gate, up, [B, T, E, P, h] each."""
+        """u [B, W - 1 + T, E, 1, 2, h], weights [W, B, T, E, P], the oldest token first -> [B, T, E, P, 2, h]."""
         ctx.save_for_backward(u, weights)
-        return tuple(sum(w * a for w, a in zip(weights, reversed(stretches(part, len(weights))))) for part in u.unbind(-2))
+        return window_mix(u, weights)
 
     @staticmethod
-    def backward(ctx, d_gate, d_up):
+    def backward(ctx, d):
         u, weights = ctx.saved_tensors
-        W = len(weights)
-        reads = zip(*(reversed(stretches(part, W)) for part in u.unbind(-2)))
-        d_weights = torch.stack([(d_gate * gate + d_up * up).sum(-1, keepdim=True) for gate, up in reads])
-        # A token is read at its own place with weights[0], one place later with weights[1], and so on.
-        d = F.pad(torch.stack([d_gate, d_up], dim=-2), (0, 0) * 4 + (W - 1, W - 1))
-        weights = F.pad(weights, (0, 0) * 3 + (W - 1, W - 1))[..., None]
-        d_u = sum(stretches(w, W)[k] * stretches(d, W)[k] for k, w in enumerate(weights))
+        W, _, T, *_ = weights.shape
+        d_weights = torch.stack([(d * u[:, k : k + T]).sum((-2, -1)) for k in range(W)])
+        # What a token gave to the last place of a window, it gave to the place before in the window one later, and so on.
+        d = F.pad(d, (0, 0) * 4 + (W - 1, W - 1))
+        weights = F.pad(weights, (0, 0) * 2 + (W - 1, W - 1))
+        d_u = window_mix(d, torch.stack([weights[k, :, W - 1 - k : T + 2 * (W - 1) - k] for k in reversed(range(W))]))
         return d_u.sum(3, keepdim=True), d_weights
 
 
-def stretches(a, W):
-    """a [B, W - 1 + n, ...] -> its W stretches of length n, in order of where they begin."""
-    return [a[:, k : k + a.shape[1] - W + 1] for k in range(W)]
+def window_mix(u, weights):
+    T = weights.shape[2]
+    first, *others = weights[..., None, None].unbind(0)
+    mixed = first * u[:, :T]
+    for k, weight in enumerate(others, 1):
+        mixed = torch.addcmul(mixed, weight, u[:, k : k + T])
+    return mixed
 
 
 class SoftMoE(nn.Module):
@@ -294,20 +306,20 @@ class SoftMoE(nn.Module):
         if self.dispatch == "sequence":
             return self.published(x)
         B, T, D = x.shape
-        back, positions = self.window - 1, place.positions
-        if cache is None:  # all texts in one row: nothing reads back beyond position 0, what lies there has weight 0
-            x, positions = x.reshape(1, B * T, D), positions.expand(B, T).reshape(1, B * T)
-        elif back:
-            x = torch.cat([cache.recent[layer], x], dim=1)
-            cache.recent[layer] = x[:, T:]
+        back, absent = self.window - 1, place.absent
+        if cache is None:  # all texts in one row: nothing reads back beyond the first token, what lies there has weight 0
+            x = x.reshape(1, B * T, D)
+            absent = absent.expand(-1, B, T, 1).reshape(-1, 1, B * T, 1) if back else None
         logits, u = self.router_logits(x), F.linear(x, self.w_in.flatten(0, 2))
-        if cache is None and back:  # the first tokens need something to read with weight 0
+        if back and cache is None:  # the first tokens need something to read with weight 0
             logits, u = (F.pad(a, (0, 0, back, 0)) for a in (logits, u))
+        elif back:
+            logits, u = (torch.cat(pair, dim=1) for pair in zip(cache.recent[layer], (logits, u)))
+            cache.recent[layer] = [a[:, T:].clone() for a in (logits, u)]
         combine = logits[:, back:].softmax(-1) * self.n_expert
         u = u.unflatten(-1, (self.n_expert, 1, 2, -1))  # [B, back + T, E, 1, 2, h], or B T in one row
-        weights, combine = (
-            a.to(u.dtype).unflatten(-1, (self.n_expert, self.slots))[..., None] for a in (self.window_weights(logits, positions), combine)
-        )  # [W, B, T, E, P, 1], [B, T, E, P, 1]
+        combine = combine.to(u.dtype).unflatten(-1, (self.n_expert, -1, 1))  # [B, T, E, P, 1]
+        weights = self.window_weights(logits, absent).to(u.dtype).unflatten(3, (self.n_expert, -1)) if back else None  # [W, B, T, E, P]
         if self.w_out.ndim == 4:
             y = self.swiglu2(u, weights, combine)
         elif torch.is_grad_enabled():  # of all this only u is kept for backward: the rest is wide, and cheap to make again
@@ -322,18 +334,20 @@ class SoftMoE(nn.Module):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             if self.router == "linear":
                 return x @ self.phi.to(x.dtype)
-            directions = F.normalize(self.phi.to(x.dtype), dim=0) * self.scale.to(x.dtype)
-            return x @ directions / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+            phi = self.phi.to(x.dtype)
+            lengths = x.norm(dim=-1, keepdim=True) * phi.norm(dim=0)
+            return x @ phi * self.scale.to(x.dtype) / lengths.clamp(min=1e-12)
 
-    def window_weights(self, logits, positions):
-        """w: logits [B, W - 1 + T, S], positions [B or 1, T], which say how far back there is text -> [W, B, T, S]."""
-        T, W = positions.shape[1], self.window
-        scores = [logits[:, W - 1 - k : W - 1 - k + T] + (self.recency[:, k] if W > 1 else 0) for k in range(W)]
-        return torch.stack([s.masked_fill((positions < k)[..., None], -torch.inf) for k, s in enumerate(scores)]).softmax(0)
+    def window_weights(self, logits, absent):
+        """w, the oldest token of a window first: logits [B, W - 1 + T, S], absent [W, B or 1, T, 1] -> [W, B, T, S]."""
+        scores = logits.unfold(1, self.window, 1).movedim(-1, 0) + self.recency.T.flip(0)[:, None, None]
+        return scores.masked_fill(absent, -torch.inf).softmax(0)
 
     def hidden(self, u, weights):
         """-> what the slots hold behind the first layer, [B, T, E, P, h]; P is 1 where all slots of an expert read the same."""
-        gate, up = WindowMix.apply(u, weights) if self.window > 1 else u.unbind(-2)
+        if weights is not None:
+            u = WindowMix.apply(u, weights) if torch.is_grad_enabled() else window_mix(u, weights)
+        gate, up = u.unbind(-2)
         return F.silu(gate) * up
 
     def swiglu(self, u, weights, combine):
@@ -384,12 +398,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows, goal = hidden[start : start + chunk], targets[start : start + chunk]
             counted, index = (goal >= 0)[:, None], goal.clamp(min=0)[:, None]
-            log_p = (rows @ cast_weight.T).to(total.dtype).log_softmax(-1)
-            total -= (log_p.gather(1, index) * counted).sum()
+            logits = (rows @ cast_weight.T).to(total.dtype)
+            logits -= logits.amax(-1, keepdim=True)
+            picked = logits.gather(1, index)
+            p = logits.exp_()  # all in place: what is as large as the logits is made once
+            norm = p.sum(-1, keepdim=True)
+            total += ((norm.log() - picked) * counted).sum()
             if with_gradients:  # d loss / d logits = softmax - one-hot
-                d_logits = log_p.exp_().scatter_add_(1, index, log_p.new_full((), -1.0).expand_as(index)).to(rows.dtype)
-                d_hidden[start : start + chunk] = d_logits @ cast_weight * counted
-                d_weight += (d_logits.T @ (rows * counted)).to(weight.dtype)
+                p *= counted / norm
+                d_logits = p.scatter_add_(1, index, -counted.to(p.dtype)).to(rows.dtype)
+                torch.mm(d_logits, cast_weight, out=d_hidden[start : start + chunk])
+                d_weight += (d_logits.T @ rows).to(weight.dtype)
         return total
 
     @staticmethod
@@ -498,6 +517,10 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.length += ids.shape[1]
         return self.norm(x)
+
+    def step(self, ids, cache):
+        """hidden() of one more token, [B, 1] -> [B, 1, D]; apart, so that it can be compiled: one code for all lengths."""
+        return self.hidden(ids, cache)
 
     def new_cache(self, batch, max_len):
         return Cache(self.config, batch, max_len, self.embedding.device, self.embedding.dtype)

@@ -165,7 +165,7 @@ def decode_state(model):
     if model.config.reads_ahead:
         return None
     ffn = model.blocks[0].ffn
-    return ffn.mixing.state if isinstance(ffn, Behind) else model.new_cache(1, 1).recent[0].numel()
+    return ffn.mixing.state if isinstance(ffn, Behind) else sum(a.numel() for a in model.new_cache(1, 1).recent[0])
 
 
 def run_one(name, seed, args):

@@ -20,7 +20,7 @@ def test_a_small_benchmark_prints_every_line():
     assert len(lines) == 5 and all(line.startswith(start) for line, start in zip(lines, beginnings))
     peaks = [int(number) for number in re.findall(r"(\d+) MB", lines[2])]
     assert len(peaks) == 2 and min(peaks) > 0
-    assert lines[4].endswith("state: 192, 192, 192, 192 numbers")  # W - 1 inputs of width 64, at any length
+    assert lines[4].endswith("state: 1062, 1062, 1062, 1062 numbers")  # 3 x (2 logits and 2 x 88 for each expert), at any length
 
 
 def test_peak_memory_counts_what_is_alive_at_once():
@@ -77,6 +77,6 @@ def test_speed_is_measured_of_models_of_equal_size(capsys):
     assert benchmark.transformers_model(config).num_parameters() == Decoder(replace(config, ffn="dense")).n_params()
     benchmark.benchmark_training(config, 2, args)
     benchmark.benchmark_decoding(replace(config, block_size=1024), args, new=2)
-    benchmark.benchmark_loss(args, 64, 8, 2048)
+    benchmark.benchmark_loss(64, 8, 16, 4)
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 4 + 9 + 1 and said[0].startswith("steps of 2 x 16 tokens") and said[-1].startswith("loss of 2,048 tokens, width 8")
+    assert len(said) == 4 + 15 + 1 and said[0].startswith("steps of 2 x 16 tokens") and said[-1].startswith("step of 4 x 16 tokens, width 8")

@@ -35,9 +35,9 @@ def randomized(module, std=0.5):
     return module
 
 
-def place_of(x, config=SMALL):
+def place_of(x, window=1):
     """Where the rows of x [B, T, D] stand: a text from its beginning."""
-    return place_tokens(torch.zeros(x.shape[:2]), config, None, x.dtype)
+    return place_tokens(torch.zeros(x.shape[:2]), replace(SMALL, window=window), None, x.dtype)
 
 
 def small(dtype=torch.float64, **changes):
@@ -206,7 +206,7 @@ def plain_soft_moe(layer, x):
 def check_against_definition(layer, x):
     """Outputs and the gradients of the input and of every parameter, to 1e-12 of the largest number among them."""
     weight, inputs = torch.randn_like(x), [x.requires_grad_(), *layer.parameters()]
-    fused, plain = layer(x, place_of(x)), plain_soft_moe(layer, x)
+    fused, plain = layer(x, place_of(x, layer.window)), plain_soft_moe(layer, x)
     pairs = [(fused, plain), *zip(*(torch.autograd.grad((y * weight).sum(), inputs) for y in (fused, plain)))]
     for got, expected in pairs:
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12 * max(1, expected.abs().max().item()))
@@ -249,7 +249,7 @@ def test_huge_logits_give_no_nan(changes, precision):
         layer.zero_grad()
         x = torch.randn(2, 20, 24, dtype=dtype, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision.startswith("autocast")):
-            y = layer(x, place_of(x))
+            y = layer(x, place_of(x, layer.window))
         y.float().square().mean().backward()
         assert all(torch.isfinite(a).all() for a in (y, x.grad, *(p.grad for p in layer.parameters())))
 
@@ -304,7 +304,7 @@ def test_a_window_over_the_whole_text_is_the_published_layer_at_its_end(expert):
     causal.recency.zero_()
     published.load_state_dict({k: v for k, v in causal.state_dict().items() if k != "recency"})
     x = F.normalize(torch.randn(2, T, 24, dtype=torch.float64), dim=-1)  # the published experts read unit-length inputs
-    torch.testing.assert_close(causal(x, place_of(x))[:, -1], causal.n_expert * published(x, None)[:, -1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(causal(x, place_of(x, T + 3))[:, -1], causal.n_expert * published(x, None)[:, -1], rtol=0, atol=1e-12)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Sampling: the filters against brute force, cached against uncached generation, the command, a chat at a terminal."""
 
+import collections
 import io
 import itertools
 import json
@@ -23,6 +24,7 @@ from sample import (
 )  # fmt: skip
 from sources import fetch, read_novel
 from tokenizer import load_tokenizer
+from train import can_compile
 
 
 def test_top_k_keeps_the_k_likeliest():
@@ -80,6 +82,20 @@ def test_greedy_generation_is_that_of_full_forwards(changes):
     for n in range(20):
         assert torch.equal(got[:, n], model(torch.cat([ids, got[:, :n]], 1))[:, -1, :40].argmax(-1))
     assert got.max() < 40
+
+
+def test_a_compiled_step_is_the_same_function_at_any_length(chat_run):
+    if not can_compile("cpu"):
+        pytest.skip("torch.compile needs a C++ compiler and Python's headers: apt install g++ python3-dev")
+    flags = "--temperature 0 --repetition-penalty 1.2 --max-new-tokens 60 --no-chat --prompt 却说 --prompt 曹操大惊，".split()
+    texts = [call("sample.py", chat_run, *flags, *more).stdout for more in ([], ["--compile"])]
+    assert texts[0] == texts[1]
+    model, lengths = Decoder.load(chat_run), []
+    code = torch.compile(model.step, backend=lambda graph, inputs: lengths.append(0) or graph.forward)
+    model.step = code
+    for T in (3, 50, 7):
+        collections.deque(generate(model, torch.randint(100, (1, T)), 40, 100, temperature=0), maxlen=0)
+    assert len(lengths) <= 2  # one for the first length, one for all
 
 
 @pytest.mark.parametrize("changes", CAUSAL_KINDS, ids=str)
