@@ -12,10 +12,12 @@ and exits; --resume goes on from there as if nothing had happened.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import ctypes
 import errno
 import functools
+import gc
 import hashlib
 import itertools
 import json
@@ -181,6 +183,25 @@ def batch_at(data, phases, seed, first, count):
     return tuple(torch.from_numpy(np.stack(rows)) for rows in zip(*pairs))
 
 
+def loaded(data, phases, seed, rank, world, n_micro, B, pin):
+    """Yield for each step to come how many targets it has and this rank's micro-batches of it, (ids, targets) [B, T].
+
+    A thread makes them, one step ahead; pin: in memory that a GPU can fetch from by itself.
+    """
+    batch = n_micro * B * world
+
+    def make(first):
+        pairs = (batch_at(data, phases, seed, first + (rank * n_micro + micro) * B, B) for micro in range(n_micro))
+        return targets_at(data, phases, seed, first, batch), [tuple(a.pin_memory() if pin else a for a in pair) for pair in pairs]
+
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        coming = None
+        for first in itertools.count(phases[-1][1], batch):
+            ready, coming = coming, thread.submit(make, first)
+            if ready:
+                yield ready.result()
+
+
 def targets_at(data, phases, seed, first, count):
     """How many targets these samples have: all tokens of a text, of a chat what the assistant says."""
     if not data.has_masks:
@@ -247,35 +268,39 @@ class Muon(torch.optim.Optimizer):
 
     The last two dimensions of a parameter are the matrix, all others count them: experts and heads each get their own.
     Updates are scaled to the size of AdamW's (arXiv 2502.16982, section 2.2), so that one learning rate serves both.
+    As with torch's fused AdamW, an attribute found_inf of 1, a tensor, makes of a step nothing.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.found_inf = torch.zeros(())
 
     @torch.no_grad()
     def step(self):
+        good = 1 - self.found_inf
         for group in self.param_groups:
             batches = {}  # matrices of one shape are made orthogonal together, over all layers
             for p in group["params"]:
-                same_shape = batches.setdefault(p.shape[-2:], [[]])
+                same_shape = batches.setdefault((p.shape[-2:], is_cut(p) and not cut_through(p)), [[]])
                 if sum(q.numel() for q in same_shape[-1]) + p.numel() > MUON_BATCH and same_shape[-1]:
                     same_shape.append([])
                 same_shape[-1].append(p)
-            for params in (batch for same_shape in batches.values() for batch in same_shape):
+            for own, params in ((own, batch) for (_, own), same_shape in batches.items() for batch in same_shape):
                 updates = []
                 for p in params:
                     if not self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
-                    momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                    nesterov = p.grad.lerp(momentum, group["momentum"])
+                    grad = p.grad.nan_to_num_(0, 0, 0)  # 0 times NaN would still be NaN
+                    momentum = self.state[p]["momentum"].lerp_(grad, (1 - group["momentum"]) * good)
+                    nesterov = grad.lerp(momentum, group["momentum"])
                     updates.append(whole_matrices(nesterov).reshape(-1, *p.shape[-2:]))
-                updates = orthogonalized(torch.cat(updates)).split([len(u) for u in updates])
+                updates = (orthogonalized if own else shared_out)(torch.cat(updates)).split([len(u) for u in updates])
                 rate = group["lr"] * 0.2 * max(params[0].shape[-2:]) ** 0.5
                 for p, update in zip(params, updates):
                     if is_cut(p):
                         update = own_share(update.view(p.shape), p).to_local() if cut_through(p) else update
                         p = p.to_local()
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-rate)
+                    p.mul_(1 - group["lr"] * group["weight_decay"] * good).addcmul_(update.view_as(p), -rate * good)
 
 
 def cut_through(p):
@@ -286,6 +311,17 @@ def cut_through(p):
 def whole_matrices(x):
     """Of a cut tensor the matrices of this rank, put together from all ranks if they are cut through."""
     return x if not is_cut(x) else x.full_tensor() if cut_through(x) else x.to_local()
+
+
+def shared_out(x):
+    """orthogonalized() of matrices that all ranks have: each rank does a share."""
+    if not dist.is_initialized():
+        return orthogonalized(x)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    share = orthogonalized(torch.nn.functional.pad(x, (0, 0) * 2 + (0, -len(x) % world)).chunk(world)[rank])
+    whole = share.new_empty(world * len(share), *share.shape[1:])
+    dist.all_gather_into_tensor(whole, share.contiguous())
+    return whole[: len(x)]
 
 
 def orthogonalized(x, steps=5):
@@ -382,10 +418,9 @@ SPIKE, WINDOW, MAX_SKIPPED = 6.0, 64, 5  # standard deviations; steps to compare
 
 
 def is_bad(loss, norm, recent):
-    """Whether to skip a step, from its loss, the norm of its gradient, and the losses of the last good steps."""
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        return True
-    return len(recent) == WINDOW and loss > np.mean(recent) + SPIKE * np.std(recent)
+    """Whether to skip a step, from its loss, the norm of its gradient, and the losses of the last good steps (NaN where there were none
+    yet). All are tensors, and so is the answer: a GPU need not be waited for."""
+    return ~(loss + norm).isfinite() | (loss > recent.mean() + SPIKE * recent.std(correction=0))
 
 
 def difference(then, now):
@@ -460,14 +495,14 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if world > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    if world > 1:  # what the processes agree on are tensors of the CPU, so that no GPU is waited for
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
 
     def from_rank_0(number):
         """A number as rank 0 has it, on all ranks."""
         if world == 1:
             return number
-        tensor = torch.tensor(number, device=device)
+        tensor = torch.tensor(number)
         dist.broadcast(tensor, 0)
         return tensor.item()
 
@@ -555,7 +590,7 @@ def main(argv=None):
     optimizers = make_optimizers(model, args)
 
     # State of the run
-    step, phases, seconds, skipped, in_a_row, recent = 0, [[len(data), 0]], 0.0, 0, 0, []
+    step, phases, seconds, skipped, in_a_row, recent = 0, [[len(data), 0]], 0.0, 0, 0, []  # recent: losses of the last good steps
     shards = [[part["name"], part["sha256"]] for part in data.shards]  # in the order in which blocks are numbered
     if checkpoint:
         for then, now in itertools.zip_longest(state["shards"], shards[: len(state["shards"])]):
@@ -575,6 +610,7 @@ def main(argv=None):
             recent = []  # losses to come need not be like those before
         if rank == 0:
             put_aside(checkpoint)
+    recent = torch.tensor([math.nan] * (WINDOW - len(recent)) + recent, device=device)
     if rank == 0:
         log = log or Log(run)
     evaluated = from_rank_0(log.cut(step) if rank == 0 else 0)
@@ -604,12 +640,11 @@ def main(argv=None):
     def progress():
         return min(1.0, step / args.steps if args.steps else seconds / (60 * args.minutes))
 
-    def gradients(n_targets):
+    def gradients(n_targets, micro_batches):
         """Those of a step, summed over its micro-batches and all ranks -> its loss, the mean over all its targets."""
 
         def micro_loss(micro):
-            first = phases[-1][1] + (rank * n_micro + micro) * B
-            ids, targets = batch_at(data, phases, args.seed, first, B)
+            ids, targets = micro_batches[micro]
             share = int((targets >= 0).sum()) / max(1, n_targets)
             with autocast:
                 return model(ids.to(device, non_blocking=True), targets.to(device, non_blocking=True)) * share
@@ -638,7 +673,7 @@ def main(argv=None):
         tensors = gathered([model.state_dict(), [optimizer.state_dict() for optimizer in optimizers]], rank)
         if rank == 0:
             n_tokens = sum(part["tokens"] for part in data.shards)
-            values = {"step": step, "phases": phases, "seconds": seconds, "skipped": skipped, "in_a_row": in_a_row, "recent": recent,
+            values = {"step": step, "phases": phases, "seconds": seconds, "skipped": skipped, "in_a_row": in_a_row, "recent": recent[~recent.isnan()].tolist(),
                       "chat": 2 * sum(part["tokens"] for part in data.shards if "mask" in part["sha256"]) > n_tokens, "config": asdict(config),
                       "args": vars(args) | {"resume": False, "verify": False}, "shards": shards, "machine": machine}  # fmt: skip
             content = json.dumps(values, indent=1, ensure_ascii=False), *tensors
@@ -665,17 +700,15 @@ def main(argv=None):
 
     def stopping():
         """Whether any rank was asked to stop; all ranks ask at once."""
-        asked = torch.tensor(float(stop_asked), device=device)
+        asked = torch.tensor(float(stop_asked))
         if world > 1:
             dist.all_reduce(asked)
         return asked.item() > 0
 
-    # Compiled code would be made anew for every length of text, so what happens now and then runs without it.
-    @torch.compiler.set_stance("force_eager")
     def score(max_tokens):
         """The loss on held-out text, noted and shown with a sample; None if a signal came."""
         nonlocal evaluated
-        result = evaluate(model, val, tokenizer.token_bytes, device, max_tokens=max_tokens, rank=rank, world=world, stopping=stopping)
+        result = evaluate(model, val, tokenizer.token_bytes, device, B * T, max_tokens, rank, world, stopping)
         if result is None:
             return None
         say(f"step {step:>5} | val loss {result['loss']:.4f} | val bpb {result['bpb']:.4f} | {result['tokens']:,} tokens")
@@ -685,8 +718,9 @@ def main(argv=None):
         if rank == 0 and not args.shard:  # a cut model works on all ranks or on none
             start = val[0][:8].tolist()
             generator = torch.Generator(device).manual_seed(step)
-            new = generate(model, torch.tensor([start], device=device), 64, tokenizer.vocab_size, 0.8, 0, 0.95, generator)
-            text = tokenizer.decode(start) + " | " + tokenizer.decode([i.item() for i in new])
+            with torch.compiler.set_stance("force_eager"):  # code would be compiled anew for every length of text
+                new = generate(model, torch.tensor([start], device=device), 64, tokenizer.vocab_size, 0.8, 0, 0.95, generator)
+                text = tokenizer.decode(start) + " | " + tokenizer.decode([i.item() for i in new])
             say("    " + text.replace("\n", " "))
         return result
 
@@ -694,47 +728,29 @@ def main(argv=None):
         say("compiling: the first step takes up to a minute")
     targets = np.concatenate([inputs_and_targets(data, i)[1] for i in evenly_spaced(data, 1 << 16)])
     bytes_per_token = np.mean([len(tokenizer.token_bytes[i]) for i in targets[targets >= 0]] or [1])
-    last_saved = step if checkpoint else None
-    while progress() < 1 and not stop:
-        if args.eval_every and step % args.eval_every == 0 and step > evaluated and score(args.eval_tokens) is None:
-            break
-        start = time.perf_counter()
-        factor = lr_factor(step, progress(), args)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * group["scale"] * factor
-        n_targets = targets_at(data, phases, args.seed, phases[-1][1], batch)
-        try:
-            loss = gradients(n_targets)
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-            less = next((size for size in range(B // 2, 0, -1) if batch // world % size == 0), None)
-            less = f"halve it; the results do not change with --micro-batch {less} --batch-tokens {args.batch_tokens}" if less else "try --recompute"
-            raise SystemExit(f"out of memory with --micro-batch {B}: {less}")
-        norm = torch.nn.utils.clip_grad_norm_(params, args.clip or math.inf)
-        norm = norm.full_tensor() if args.shard else norm
-        loss, norm = torch.stack([loss, norm]).tolist()  # the same on all ranks, so that all skip or none does
+
+    def finish(pending):
+        """Wait for a step, agree on what to make of it, and note it."""
+        nonlocal skipped, in_a_row, seconds, stop, compiling, mark, noted
+        n_targets, factor, numbers, ready = pending
+        if ready:
+            ready.synchronize()
+        loss, norm, bad = numbers.tolist()
         if not n_targets:  # of a chat, questions without answers
             loss = math.nan
-        elif is_bad(loss, norm, recent):
-            skipped, in_a_row = skipped + 1, in_a_row + 1
         else:
-            in_a_row, recent = 0, [*recent[1 - WINDOW :], loss]
-            for optimizer in optimizers:
-                optimizer.step()
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        took, stop, compiling = time.perf_counter() - start, stop_asked, False
+            skipped, in_a_row = skipped + int(bad), in_a_row + 1 if bad else 0
+        now = time.perf_counter()
+        took, mark, stop, compiling = now - mark, now, stop_asked, False
         if world > 1:  # all ranks must agree on the clock and on stopping
-            agreed = torch.tensor([took if rank == 0 else 0.0, float(stop)], dtype=torch.float64, device=device)
+            agreed = torch.tensor([took if rank == 0 else 0.0, float(stop)], dtype=torch.float64)
             dist.all_reduce(agreed)
             took, stop = agreed[0].item(), agreed[1].item() > 0
-        step, seconds = step + 1, seconds + took
-        phases[-1][1] += batch
+        seconds += took
 
         if step % args.log_every == 0 or step == 1:
-            done = progress()
+            done, took = progress(), (seconds - noted[1]) / (step - noted[0])  # of the steps since the last line
+            noted = step, seconds
             mfu = f" | mfu {100 * flops * args.batch_tokens / took / (peak * world):3.0f}%" if peak else ""
             eta, bpb = seconds / done - seconds, loss / math.log(2) / bytes_per_token
             total = args.steps or int(step / done)
@@ -749,9 +765,58 @@ def main(argv=None):
             good = sorted(run.glob("step-*"))[-1:] or ["none"]
             message = f"{MAX_SKIPPED} steps in a row had a loss or a gradient that cannot be right: the run ends at step {step}. The last good checkpoint "
             raise SystemExit(f"{message}is {good[0]}: go on from there with a smaller --lr, or look at the data" if rank == 0 else 1)
-        if args.save_every and step % args.save_every == 0 and not in_a_row:
+
+    last_saved, pending, mark, noted, first_step = step if checkpoint else None, None, None, (step, seconds), step + 1
+    batches = loaded(data, phases, args.seed, rank, world, n_micro, B, pin=device == "cuda")
+    while progress() < 1 and not stop:
+        if args.eval_every and step % args.eval_every == 0 and step > evaluated and score(args.eval_tokens) is None:
+            break
+        if not pending:
+            mark = time.perf_counter()
+        n_targets, micro_batches = next(batches)
+        try:
+            loss = gradients(n_targets, micro_batches)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            less = next((size for size in range(B // 2, 0, -1) if batch // world % size == 0), None)
+            less = f"halve it; the results do not change with --micro-batch {less} --batch-tokens {args.batch_tokens}" if less else "try --recompute"
+            raise SystemExit(f"out of memory with --micro-batch {B}: {less}")
+        if pending:  # a GPU has work again
+            finish(pending)
+        factor = lr_factor(step, progress(), args)
+        norm = torch.nn.utils.clip_grad_norm_(params, args.clip or math.inf)
+        norm = norm.full_tensor() if args.shard else norm
+        bad = is_bad(loss, norm, recent)  # the same on all ranks, so that all skip or none does
+        if n_targets:
+            recent = torch.where(bad, recent, torch.cat([recent[1:], loss[None]]))
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = args.lr * group["scale"] * factor
+                optimizer.found_inf = bad.float()
+                optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        numbers, ready = torch.stack([loss, norm, bad.float()]).to("cpu", non_blocking=True), None
+        if device == "cuda":
+            ready = torch.cuda.Event()
+            ready.record()
+        step += 1
+        phases[-1][1] += batch
+        pending = n_targets, factor, numbers, ready
+        save_now, evaluate_now = (every and step % every == 0 for every in (args.save_every, args.eval_every))
+        # What a GPU found is read when it is at work on the next step, unless something is to be done with this one.
+        if device != "cuda" or save_now or evaluate_now or step == args.steps:
+            finish(pending)
+            pending = None
+        if step == first_step:  # what there is now will stay: the garbage collector need not go through it again
+            gc.collect()
+            gc.freeze()
+        if save_now and not in_a_row:
             save()
             last_saved = step
+    if pending:
+        finish(pending)
 
     if last_saved != step or not finish_saving():
         save()

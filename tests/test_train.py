@@ -648,7 +648,32 @@ def test_bad_steps_are_counted_over_a_restart(small_data, tmp_path):
 def test_a_loss_that_stands_out_is_a_bad_step():
     recent = [5 + 0.1 * (-1) ** i for i in range(64)]  # mean 5, standard deviation 0.1
     cases = [(5.59, 1.0, recent), (5.61, 1.0, recent), (4.0, 1.0, recent), (9.0, 1.0, recent[1:]), (math.nan, 1.0, []), (5.0, math.inf, recent)]
-    assert [is_bad(*case) for case in cases] == [False, True, False, False, True, True]
+    padded = lambda losses: torch.tensor([math.nan] * (64 - len(losses)) + losses)
+    assert [is_bad(torch.tensor(loss), torch.tensor(norm), padded(losses)).item() for loss, norm, losses in cases] == [False, True, False, False, True, True]
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_a_bad_step_changes_no_bit_of_weights_and_optimizers(kind):
+    """Whatever its gradients are, and the step after it is as if it had not been."""
+    torch.manual_seed(0)
+    config = Config(n_layer=1, vocab_size=50)
+    models = [Decoder(config) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [make_optimizers(model, SimpleNamespace(optimizer=kind, lr=0.01, weight_decay=0.1)) for model in models]
+    for bad in (None, math.nan, math.inf, 1e30, -math.inf, None):
+        for model, own in zip(models, optimizers):
+            if bad and model is models[0]:
+                continue
+            generator = torch.Generator().manual_seed(1)
+            for p in model.parameters():
+                p.grad = torch.full_like(p, bad) if bad else torch.randn(p.shape, generator=generator)
+            for optimizer in own:
+                optimizer.found_inf = torch.tensor(float(bool(bad)))
+                optimizer.step()
+        for name, p in models[0].named_parameters():
+            assert torch.equal(p, models[1].get_parameter(name)), (bad, name)
+        states = [[value for optimizer in own for state in optimizer.state.values() for value in state.values()] for own in optimizers]
+        assert len(states[0]) and all(map(torch.equal, *states)), bad
 
 
 def test_a_run_starts_from_the_weights_of_another(whole, small_data, tmp_path):
