@@ -2,7 +2,9 @@
 
     python benchmark.py                   # the causal Soft MoE next to a dense layer of equal parameters, compiled
     python benchmark.py --no-compile
-    python benchmark.py speed             # whole steps, the loss and decoding next to transformers and plain torch
+    python benchmark.py speed             # whole steps, decoding and the loss next to transformers and plain torch
+    python benchmark.py scale --png FILE  # what a token costs against the number of parameters and the length of the text
+    python benchmark.py run               # runs of train.py: two processes, going on, loading, saving
     python benchmark.py data              # the data stage: tokenising, cleaning, near copies, processes, memory
 """
 
@@ -12,6 +14,7 @@ import functools
 import itertools
 import json
 import multiprocessing
+import os
 import random
 import re
 import statistics
@@ -31,12 +34,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import clean
-from model import Config, Decoder, Dense, SoftMoE, cross_entropy, place_tokens
-from prepare import NEAR_DUPLICATE, clean_part, outcomes_of
+from model import Config, Decoder, Dense, SoftMoE, place_tokens
+from prepare import NEAR_DUPLICATE, TokenData, clean_part, outcomes_of
 from sample import generate
 from sources import fetch, fetch_qwen, file_parts, read_newspaper
+from tasks import pyplot
 from tokenizer import load_tokenizer
-from train import can_compile, cut_dim, keep_large_buffers, make_optimizers
+from train import batch_at, can_compile, cut_dim, gathered, keep_large_buffers, make_optimizers, targets_at
+from train import get_args as train_args
 
 TOKENS = 4096  # in one forward pass, at any length of text
 
@@ -45,12 +50,13 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("what", nargs="?", choices=("layer", "speed", "data"), default="layer")
+    parser.add_argument("what", nargs="?", choices=("layer", "speed", "scale", "run", "data"), default="layer")
     parser.add_argument("--d-model", type=int, default=512)
     parser.add_argument("--n-expert", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--megabytes", type=float, default=24, help="of text for the data stage")
     parser.add_argument("--documents", type=int, default=10_000_000, help="made-up documents to search for copies")
+    parser.add_argument("--png", metavar="FILE", help="where to draw the curves of scale (needs matplotlib)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=can_compile("cpu"))
     args = parser.parse_args(argv)
     if args.repeats < 1:
@@ -320,6 +326,17 @@ def transformers_model(config):
     ))  # fmt: skip
 
 
+def training_step(model, loss):
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def step():
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def benchmark_training(config, B, args):
     """Whole steps of B texts with AdamW, in percent of what a matmul reaches in the same minutes."""
     T = config.block_size
@@ -332,19 +349,12 @@ def benchmark_training(config, B, args):
         for block in (block for name in kinds for block in models[name].blocks):
             block.compile()
 
-    def step_with(name, model):
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-
-        def step():
-            loss = model(ids[:, :-1], ids[:, 1:]) if name in kinds else model(input_ids=ids[:, :-1], labels=ids[:, :-1]).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
+    def loss_of(name, model):
+        return lambda: model(ids[:, :-1], ids[:, 1:]) if name in kinds else model(input_ids=ids[:, :-1], labels=ids[:, :-1]).loss
 
     square = torch.randn(1024, 1024)
-    *times, matmul = seconds([*itertools.starmap(step_with, models.items()), lambda: square @ square], args.repeats)
+    steps = [training_step(model, loss_of(name, model)) for name, model in models.items()]
+    *times, matmul = seconds([*steps, lambda: square @ square], args.repeats)
     flops, peak = models["dense"].flops_per_token(T) * B * T, 2 * 1024**3 / matmul
     print(f"steps of {B} x {T} tokens, {models['dense'].n_params():,} parameters; a matmul reaches {peak / 1e9:.0f} GFLOP/s")
     for name, took in zip(models, times):
@@ -392,12 +402,124 @@ def benchmark_decoding(config, args, new=128):
         print(f"    greedy, {name:<18}{B:>3} at once behind {T:>5} tokens: {B * new / took:>7,.0f} tokens/s")
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Scale
+
+SIZES = [(4, 128), (5, 256), (8, 448), (12, 832)]  # layers, width
+
+
+def cost(config, T, args, tokens=4096):
+    """-> (parameters, microseconds a token) of a training step"""
+    torch.compiler.reset()  # code for this length, not for any
+    model, ids = Decoder(replace(config, block_size=T)), torch.randint(config.vocab_size, (max(1, tokens // T), T + 1))
+    if args.compile:
+        for block in model.blocks:
+            block.compile(dynamic=False)
+    (took,) = seconds([training_step(model, lambda: model(ids[:, :-1], ids[:, 1:]))], args.repeats, warm_up=2)
+    return model.n_params(), 1e6 * took / ids[:, 1:].numel()
+
+
+def benchmark_scale(args, sizes=SIZES, lengths=(256, 512, 1024, 2048, 4096), width=256, T=256):
+    """What a token costs, forward, backward and AdamW; an exponent is the slope of the straight line through the logarithms."""
+    curves = {}
+    for ffn in ("dense", "soft_moe"):
+        config = Config(vocab_size=4096, tie_embeddings=True, ffn=ffn)
+        by_size = [cost(replace(config, n_layer=n, d_model=d, n_head=d // 32, n_kv_head=d // 32), T, args, 1024) for n, d in sizes]
+        config = replace(config, n_layer=4, d_model=width, n_head=width // 64, n_kv_head=width // 64)
+        by_length = [(length, cost(config, length, args)[1]) for length in lengths]
+        name = {"soft_moe": "causal"}.get(ffn, ffn)
+        for what, points in ((f"parameters at T = {T}", by_size), (f"T at {Decoder(config).n_params():,} parameters", by_length)):
+            exponent = np.polyfit(*np.log(np.array(points)).T, 1)[0]
+            curves[what, name] = points, exponent
+            print(f"{name:<6} microseconds a token against {what}: " + ", ".join(f"{x:,}: {y:.1f}" for x, y in points) + f"; exponent {exponent:.2f}")
+    if args.png:
+        figure, axes = pyplot().subplots(1, 2, figsize=(10, 4), sharey=True)
+        for (what, name), (points, exponent) in curves.items():
+            ax = axes[int(what.startswith("T"))]
+            ax.loglog(*zip(*points), "o-", label=f"{name}, exponent {exponent:.2f}")
+            ax.set_xlabel(what)
+            ax.legend()
+        axes[0].set_ylabel("microseconds a token")
+        axes[1].set_xticks(lengths, lengths)
+        axes[1].minorticks_off()
+        figure.savefig(args.png, dpi=100, bbox_inches="tight")
+        print(f"drawn: {args.png}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Runs of train.py
+
+
+def train_command(out, *flags, processes=1):
+    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes]
+    return [*map(str, [*start, Path(__file__).with_name("train.py"), "--out", out, *"--steps 100000 --log-every 1 --eval-every 0".split(), *flags])]
+
+
+def run_until(command, step, **environment):
+    """Run train.py and stop it behind a step -> seconds from the start to its first step, medians of its steps in seconds."""
+    start, first, times = time.perf_counter(), None, []
+    pipe = dict(stdout=subprocess.PIPE, text=True, encoding="utf-8", env={**os.environ, **environment})
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors, subprocess.Popen(command, stderr=errors, **pipe) as process:
+        for line in process.stdout:
+            if found := re.match(r"step +(\d+)/.* (\d+) ms", line):
+                first = first or time.perf_counter() - start
+                times.append(int(found[2]) / 1000)
+                if int(found[1]) >= step:
+                    break
+        process.terminate()
+        process.stdout.read()
+        if not times:
+            errors.seek(0)
+            raise SystemExit(f"{' '.join(command)} made no step: {errors.read()}")
+    return first, statistics.median(times[5:] or times)
+
+
+def benchmark_run(args, flags=(), steps=40):
+    """Everything of the default model and data, but for the flags."""
+    repeats = max(1, args.repeats // 5)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        cold, step = run_until(train_command(out, *flags), steps)
+        resumed = statistics.median(run_until(train_command(out, *flags, "--resume"), 0)[0] for _ in range(repeats))
+        print(f"from the command to the end of the first step: {cold:.1f} s, with --resume {resumed:.1f} s; a step: {1000 * step:.0f} ms")
+
+        options, times = train_args(list(flags)), collections.defaultdict(list)
+        config = Decoder.load(out).config
+        data = TokenData(options.data, "train", config.block_size)
+        batch = options.batch_tokens // config.block_size if options.batch_tokens else options.micro_batch
+        model = Decoder(config)
+        optimizers = make_optimizers(model, options)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        for optimizer in optimizers:
+            optimizer.step()
+        for i in range(20):
+            times["loading"].append(seconds_of(lambda: [read(data, [[len(data), 0]], 0, i * batch, batch) for read in (batch_at, targets_at)])[0])
+            state = [model.state_dict(), [optimizer.state_dict() for optimizer in optimizers]]
+            times["copying the state"].append(seconds_of(gathered, state, 0)[0])
+        for what, own in times.items():
+            print(f"{what}: {1000 * statistics.median(own):.1f} ms, {statistics.median(own) / step:.1%} of a step")
+
+        one, two = [], []
+        for i in range(repeats):
+            one.append(run_until(train_command(Path(folder) / f"one{i}", *flags), steps, OMP_NUM_THREADS="1")[1])
+            two.append(run_until(train_command(Path(folder) / f"two{i}", *flags, processes=2), steps, OMP_NUM_THREADS="1")[1])
+        one, two = statistics.median(one), statistics.median(two)
+        print(f"a step of one process of one thread: {1000 * one:.0f} ms; of two, each with as many tokens: {1000 * two:.0f} ms: {2 * one / two:.2f}x the tokens a second")
+
+
 def main(argv=None):
     args = get_args(argv)
+    if args.what in ("scale", "run"):
+        keep_large_buffers()
     if args.what == "layer":
         benchmark_layer(args)
     elif args.what == "data":
         benchmark_data(args)
+    elif args.what == "scale":
+        benchmark_scale(args)
+    elif args.what == "run":
+        benchmark_run(args)
     else:
         keep_large_buffers()
         small = Config(n_layer=4, d_model=192, vocab_size=4096, block_size=256, tie_embeddings=True)

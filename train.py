@@ -183,18 +183,19 @@ def batch_at(data, phases, seed, first, count):
     return tuple(torch.from_numpy(np.stack(rows)) for rows in zip(*pairs))
 
 
-def loaded(data, phases, seed, rank, world, n_micro, B, pin):
+def loaded(data, phases, seed, rank, world, n_micro, B, device):
     """Yield for each step to come how many targets it has and this rank's micro-batches of it, (ids, targets) [B, T].
 
-    A thread makes them, one step ahead; pin: in memory that a GPU can fetch from by itself.
+    A thread makes them, one step ahead; for a GPU in memory that it can fetch from by itself.
     """
-    batch = n_micro * B * world
+    batch, on_gpu = n_micro * B * world, device == "cuda"
 
     def make(first):
         pairs = (batch_at(data, phases, seed, first + (rank * n_micro + micro) * B, B) for micro in range(n_micro))
-        return targets_at(data, phases, seed, first, batch), [tuple(a.pin_memory() if pin else a for a in pair) for pair in pairs]
+        return targets_at(data, phases, seed, first, batch), [tuple(a.pin_memory() if on_gpu else a for a in pair) for pair in pairs]
 
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+    own_gpu = dict(initializer=torch.cuda.set_device, initargs=[torch.cuda.current_device()]) if on_gpu else {}  # not the first one
+    with concurrent.futures.ThreadPoolExecutor(1, **own_gpu) as thread:
         coming = None
         for first in itertools.count(phases[-1][1], batch):
             ready, coming = coming, thread.submit(make, first)
@@ -320,7 +321,7 @@ def shared_out(x):
     world, rank = dist.get_world_size(), dist.get_rank()
     share = orthogonalized(torch.nn.functional.pad(x, (0, 0) * 2 + (0, -len(x) % world)).chunk(world)[rank])
     whole = share.new_empty(world * len(share), *share.shape[1:])
-    dist.all_gather_into_tensor(whole, share.contiguous())
+    dist.all_gather_single(whole, share.contiguous())
     return whole[: len(x)]
 
 
@@ -405,7 +406,7 @@ def exact_gradients(micro_loss, params, n_micro, rank, world):
         rows = rows.view(world, -1)
         while len(rows) > 1:
             rows = rows[0::2] + rows[1::2]
-        dist.all_gather_into_tensor(flat, rows[0])
+        dist.all_gather_single(flat, rows[0])
         flat = flat[:size]
     loss, *gradients = flat.split([1, *(p.numel() for p in params)])
     for p, gradient in zip(params, gradients):
@@ -767,7 +768,7 @@ def main(argv=None):
             raise SystemExit(f"{message}is {good[0]}: go on from there with a smaller --lr, or look at the data" if rank == 0 else 1)
 
     last_saved, pending, mark, noted, first_step = step if checkpoint else None, None, None, (step, seconds), step + 1
-    batches = loaded(data, phases, args.seed, rank, world, n_micro, B, pin=device == "cuda")
+    batches = loaded(data, phases, args.seed, rank, world, n_micro, B, device)
     while progress() < 1 and not stop:
         if args.eval_every and step % args.eval_every == 0 and step > evaluated and score(args.eval_tokens) is None:
             break

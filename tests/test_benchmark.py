@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import call
+from conftest import TINY, call
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import benchmark
@@ -69,6 +69,23 @@ def test_the_plan_of_a_model_counts_what_each_process_holds():
     assert [int(row[0]) for row in rows] == [1, 2, 4, 8, 16, 32, 64] and len({row[1] for row in rows}) == 1
     shared = [float(row[2]) for row in rows[1:]]
     assert shared == sorted(shared, reverse=True)
+
+
+def test_costs_are_measured_and_drawn(tmp_path, capsys):
+    args = SimpleNamespace(compile=False, repeats=1, png=str(tmp_path / "curves.png"))
+    benchmark.benchmark_scale(args, [(1, 64), (2, 64)], (16, 32), 64, 16)
+    said = capsys.readouterr().out.splitlines()
+    sizes = [Decoder(Config(n_layer=n, d_model=64, vocab_size=4096, tie_embeddings=True, ffn="dense")).n_params() for n in (1, 2)]
+    assert re.fullmatch(rf"dense  microseconds a token against parameters at T = 16: {sizes[0]:,}: [\d.]+, {sizes[1]:,}: [\d.]+; exponent -?[\d.]+", said[0])
+    assert [line.split()[0] for line in said] == ["dense", "dense", "causal", "causal", "drawn:"]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_are_measured(small_data, capsys):
+    benchmark.benchmark_run(SimpleNamespace(repeats=1), ("--data", str(small_data), *map(str, TINY)), steps=8)
+    said = capsys.readouterr().out.splitlines()
+    beginnings = ("from the command to the end of the first step", "loading: ", "copying the state: ", "a step of one process of one thread")
+    assert len(said) == 4 and all(line.startswith(start) for line, start in zip(said, beginnings))
 
 
 def test_speed_is_measured_of_models_of_equal_size(capsys):
