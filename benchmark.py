@@ -521,12 +521,14 @@ def main(argv=None):
     elif args.what == "run":
         benchmark_run(args)
     else:
+        loss = multiprocessing.get_context("spawn").Process(target=benchmark_loss)  # takes 16 GB, which a process gives back at its end
+        loss.start()
+        loss.join()
         keep_large_buffers()
         small = Config(n_layer=4, d_model=192, vocab_size=4096, block_size=256, tie_embeddings=True)
         benchmark_training(small, 8, args)
         benchmark_training(replace(small, n_layer=6, d_model=512, n_head=8, n_kv_head=8, vocab_size=8192, block_size=512), 4, args)
         benchmark_decoding(replace(small, block_size=2048), args)
-        benchmark_loss()
 
 
 if __name__ == "__main__":
