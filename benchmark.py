@@ -34,13 +34,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import clean
-from model import Config, Decoder, Dense, SoftMoE, place_tokens
+from model import Config, Decoder, Dense, SoftMoE, can_compile, place_tokens
 from prepare import NEAR_DUPLICATE, TokenData, clean_part, outcomes_of
 from sample import generate
 from sources import fetch, fetch_qwen, file_parts, read_newspaper
 from tasks import pyplot
 from tokenizer import load_tokenizer
-from train import batch_at, can_compile, cut_dim, gathered, keep_large_buffers, make_optimizers, targets_at
+from train import batch_at, cut_dim, gathered, keep_large_buffers, make_optimizers, targets_at
 from train import get_args as train_args
 
 TOKENS = 4096  # in one forward pass, at any length of text
@@ -524,6 +524,8 @@ def main(argv=None):
         loss = multiprocessing.get_context("spawn").Process(target=benchmark_loss)  # takes 16 GB, which a process gives back at its end
         loss.start()
         loss.join()
+        if loss.exitcode:
+            raise SystemExit("the loss was not measured: it takes 16 GB of memory")
         keep_large_buffers()
         small = Config(n_layer=4, d_model=192, vocab_size=4096, block_size=256, tie_embeddings=True)
         benchmark_training(small, 8, args)

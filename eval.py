@@ -94,12 +94,13 @@ def evaluate(model, blocks, token_bytes, device="cpu", batch_tokens=4096, max_to
     """Score blocks of T + 1 ids (-1 after the end of a text: not counted) -> {"loss", "perplexity", "bpb", "tokens"}.
 
     Of more than max_tokens, evenly spaced blocks are taken. bpb divides by the bytes of the counted targets; special
-    ids have none, but their nats count. Every forward has batch_tokens, so that code that was compiled for training's serves. With world > 1
-    every rank scores its share, in as many forwards as the others (a model that is cut over the ranks needs that), and all get the same result. None if stopping() comes true, which is asked before each forward.
+    ids have none, but their nats count. All forwards are of one shape, so that code is compiled once. With world > 1 every rank scores
+    its share, in as many forwards as the others (a model that is cut over the ranks needs that), and all get the same result.
+    None if stopping() comes true, which is asked before each forward.
     """
     T = len(blocks[0]) - 1
-    batch = max(1, batch_tokens // T)
     chosen = evenly_spaced(blocks, max_tokens)
+    batch = max(1, min(batch_tokens // T, -(-len(chosen) // world)))
     chosen = np.pad(chosen, (0, -len(chosen) % (world * batch)), constant_values=-1)[rank::world]
     byte_lengths = np.array([len(b) for b in token_bytes])
     nats, tokens, text_bytes = 0.0, 0, 0

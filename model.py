@@ -16,6 +16,9 @@ Shapes: B batch, T time, D width (d_model), H heads, G key/value heads, K head d
 import functools
 import json
 import math
+import os
+import shutil
+import sysconfig
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -565,6 +568,12 @@ def choose_device(name):
     if not there[name]:
         raise SystemExit(f"--device {name}: there is none here; expected one of {', '.join(d for d in there if there[d])}")
     return name
+
+
+def can_compile(device):
+    """On a CPU torch.compile needs a C++ compiler and Python's headers."""
+    headers = Path(sysconfig.get_paths()["include"], "Python.h")
+    return device == "cuda" or device == "cpu" and bool(shutil.which(os.environ.get("CXX", "g++"))) and headers.exists()
 
 
 if __name__ == "__main__":

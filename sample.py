@@ -41,7 +41,7 @@ def get_args(argv=None):
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; any number of times; $'\\n' is a line break")
     add("--seed", type=int, default=0, help="the same seed and prompts give the same texts (default %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    add("--compile", action="store_true", help="compile the step of one token: a few seconds, then faster; for long or many texts")
+    add("--compile", action="store_true", help="compile the step of one token, in 10 to 20 s when first used, 5 s later; for long or many texts")
     args = parser.parse_args(argv)
     for name, ok, expected in (
         ("num_samples", args.num_samples >= 1, "1 or more"),
@@ -70,7 +70,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from checkpoint import description  # noqa: E402
-from model import Decoder, choose_device  # noqa: E402
+from model import Decoder, can_compile, choose_device  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------
 # Logits -> logits, [B, V]
@@ -283,6 +283,10 @@ def main(argv=None, args=None):
     args = args or get_args(argv)
     device = choose_device(args.device)
     model = Decoder.load(args.checkpoint).to(device).eval()
+    if args.compile and not can_compile(device):
+        raise SystemExit("--compile needs a C++ compiler and Python's headers: apt install g++ python3-dev")
+    if args.compile and not model.has_cache:
+        raise SystemExit('--compile: a model with dispatch = "sequence" reads the whole text for every token: leave it out')
     if args.compile:
         model.step = torch.compile(model.step)
     tokenizer = load_tokenizer(model.checkpoint, model.config.vocab_size)

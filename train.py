@@ -24,10 +24,8 @@ import json
 import math
 import os
 import platform
-import shutil
 import signal
 import sys
-import sysconfig
 import threading
 import time
 from dataclasses import asdict, fields, replace
@@ -39,7 +37,7 @@ import torch.distributed as dist
 
 from checkpoint import Log, newest_checkpoint, put_aside, read_tensors, save_checkpoint
 from eval import MAX_TOKENS, evaluate, evenly_spaced
-from model import CHOICES, PRESETS, Config, Decoder, choose_device
+from model import CHOICES, PRESETS, Config, Decoder, can_compile, choose_device
 from prepare import TokenData, inputs_and_targets, prepare
 from sample import generate
 from tokenizer import load_tokenizer
@@ -82,7 +80,7 @@ def get_args(argv=None, **defaults):
     # Machine
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--compile", action=switch, help="torch.compile; by default where a compiler is found")
-    add("--exact", action=switch, default=False, help="the same bits at 1, 2, 4, ... processes, for a little memory")
+    add("--exact", action=switch, default=False, help="the same bits at 1, 2, 4, ... processes (of a CPU), for a little memory")
     add("--shard", action=switch, default=False, help="cut parameters, gradients and optimizer over the processes (FSDP2)")
     add("--recompute", action=switch, default=False, help="keep of each block only its input, and run it again in backward: less memory, more time")
     add("--verify", action="store_true", help="hash all shards of the data at the start, not only 1 GB of them")
@@ -456,12 +454,6 @@ def peak_flops(device):
     return next((flops for part, flops in known.items() if part in name), None)
 
 
-def can_compile(device):
-    """On a CPU torch.compile needs a C++ compiler and Python's headers."""
-    headers = Path(sysconfig.get_paths()["include"], "Python.h")
-    return device == "cuda" or device == "cpu" and bool(shutil.which(os.environ.get("CXX", "g++"))) and headers.exists()
-
-
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -636,7 +628,8 @@ def main(argv=None):
 
     signal.signal(signal.SIGINT, ask_to_stop)
     signal.signal(signal.SIGTERM, ask_to_stop)
-    autocast = torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda")
+    on_gpu = device == "cuda"
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=on_gpu)
 
     def progress():
         return min(1.0, step / args.steps if args.steps else seconds / (60 * args.minutes))
@@ -648,7 +641,7 @@ def main(argv=None):
             ids, targets = micro_batches[micro]
             share = int((targets >= 0).sum()) / max(1, n_targets)
             with autocast:
-                return model(ids.to(device, non_blocking=True), targets.to(device, non_blocking=True)) * share
+                return model(ids.to(device, non_blocking=on_gpu), targets.to(device, non_blocking=on_gpu)) * share
 
         if args.exact:
             return exact_gradients(micro_loss, params, n_micro, rank, world)
@@ -732,7 +725,7 @@ def main(argv=None):
 
     def finish(pending):
         """Wait for a step, agree on what to make of it, and note it."""
-        nonlocal skipped, in_a_row, seconds, stop, compiling, mark, noted
+        nonlocal skipped, in_a_row, seconds, stop, mark, noted
         n_targets, factor, numbers, ready = pending
         if ready:
             ready.synchronize()
@@ -742,7 +735,7 @@ def main(argv=None):
         else:
             skipped, in_a_row = skipped + int(bad), in_a_row + 1 if bad else 0
         now = time.perf_counter()
-        took, mark, stop, compiling = now - mark, now, stop_asked, False
+        took, mark, stop = now - mark, now, stop_asked
         if world > 1:  # all ranks must agree on the clock and on stopping
             agreed = torch.tensor([took if rank == 0 else 0.0, float(stop)], dtype=torch.float64)
             dist.all_reduce(agreed)
@@ -789,7 +782,7 @@ def main(argv=None):
         norm = torch.nn.utils.clip_grad_norm_(params, args.clip or math.inf)
         norm = norm.full_tensor() if args.shard else norm
         bad = is_bad(loss, norm, recent)  # the same on all ranks, so that all skip or none does
-        if n_targets:
+        if n_targets and (device != "mps" or not bad):  # fused AdamW does not know found_inf there
             recent = torch.where(bad, recent, torch.cat([recent[1:], loss[None]]))
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -798,16 +791,16 @@ def main(argv=None):
                 optimizer.step()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        numbers, ready = torch.stack([loss, norm, bad.float()]).to("cpu", non_blocking=True), None
-        if device == "cuda":
+        numbers, ready = torch.stack([loss, norm, bad.float()]).to("cpu", non_blocking=on_gpu), None
+        if on_gpu:
             ready = torch.cuda.Event()
             ready.record()
-        step += 1
+        step, compiling = step + 1, False
         phases[-1][1] += batch
         pending = n_targets, factor, numbers, ready
         save_now, evaluate_now = (every and step % every == 0 for every in (args.save_every, args.eval_every))
         # What a GPU found is read when it is at work on the next step, unless something is to be done with this one.
-        if device != "cuda" or save_now or evaluate_now or step == args.steps:
+        if not on_gpu or save_now or evaluate_now or step == args.steps:
             finish(pending)
             pending = None
         if step == first_step:  # what there is now will stay: the garbage collector need not go through it again

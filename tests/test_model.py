@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import PRESETS, Attention, Config, Decoder, Dense, SoftMoE, cross_entropy, place_tokens
-from train import can_compile
+from model import PRESETS, Attention, Config, Decoder, Dense, SoftMoE, can_compile, cross_entropy, place_tokens
 from weights import hugging_face_tensors
 
 SMALL = Config(n_layer=2, d_model=24, n_head=4, n_kv_head=2, vocab_size=50, block_size=64, n_expert=3, tie_embeddings=False)

@@ -18,13 +18,13 @@ import torch
 from conftest import ROOT, TINY, call, python, refused
 from test_model import CAUSAL_KINDS, small
 
-from model import Decoder
+from model import Decoder, can_compile
 from sample import (
     before_stop, chat_ids, continuations, converse, fit, generate, get_args, keep_min_p, keep_top_k, keep_top_p, penalize_repeats, pick, trained_to_chat, until,
 )  # fmt: skip
 from sources import fetch, read_novel
 from tokenizer import load_tokenizer
-from train import can_compile
+
 
 
 def test_top_k_keeps_the_k_likeliest():

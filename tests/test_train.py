@@ -21,11 +21,11 @@ from conftest import ROOT, TINY, call, python, refused, torchrun
 
 import train as train_module
 from checkpoint import Log, checkpoint_problem, newest_checkpoint
-from model import Config, Decoder
+from model import Config, Decoder, can_compile
 from prepare import TokenData
 from sources import fetch, read_novel
 from tokenizer import load_tokenizer
-from train import batch_at, block_at, can_compile, data_order, get_args, is_bad, lr_factor, make_optimizers, orthogonalized, unserved
+from train import batch_at, block_at, data_order, get_args, is_bad, lr_factor, make_optimizers, orthogonalized, unserved
 
 # --- order of the data
 
