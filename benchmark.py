@@ -237,6 +237,7 @@ def alone_in_a_process(function, *args):
     receive, send = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=report, args=(send, function, *args))
     process.start()
+    send.close()  # or the end of the process would not be noticed
     result = receive.recv()
     process.join()
     return result
