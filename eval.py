@@ -94,9 +94,9 @@ def evaluate(model, blocks, token_bytes, device="cpu", batch_tokens=4096, max_to
     """Score blocks of T + 1 ids (-1 after the end of a text: not counted) -> {"loss", "perplexity", "bpb", "tokens"}.
 
     Of more than max_tokens, evenly spaced blocks are taken. bpb divides by the bytes of the counted targets; special
-    ids have none, but their nats count. All forwards are of one shape, so that code is compiled once. With world > 1 every rank scores
-    its share, in as many forwards as the others (a model that is cut over the ranks needs that), and all get the same result.
-    None if stopping() comes true, which is asked before each forward.
+    ids have none, but their nats count. All forwards of a call are of one shape, for which compiled code is made once. With world > 1
+    every rank scores its share, in as many forwards as the others (a model that is cut over the ranks needs that), and all get the same
+    result. None if stopping() comes true, which is asked before each forward.
     """
     T = len(blocks[0]) - 1
     chosen = evenly_spaced(blocks, max_tokens)
@@ -121,7 +121,7 @@ def evaluate(model, blocks, token_bytes, device="cpu", batch_tokens=4096, max_to
         text_bytes += int(byte_lengths[counted].sum())
     model.train(training)
     if world > 1:
-        sums = torch.tensor([nats, tokens, text_bytes], dtype=torch.float64, device=device)
+        sums = torch.tensor([nats, tokens, text_bytes], dtype=torch.float64)
         torch.distributed.all_reduce(sums)
         nats, tokens, text_bytes = sums.tolist()
     loss, bpb = nats / tokens if tokens else math.nan, nats / math.log(2) / max(text_bytes, 1)

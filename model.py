@@ -267,6 +267,7 @@ class WindowMix(torch.autograd.Function):
 
 
 def window_mix(u, weights):
+    """WindowMix, for where there is no gradient."""
     T = weights.shape[2]
     first, *others = weights[..., None, None].unbind(0)
     mixed = first * u[:, :T]
@@ -294,7 +295,7 @@ class SoftMoE(nn.Module):
     def __init__(self, config):
         super().__init__()
         E, P, h, D = config.n_expert, config.slots_per_expert, config.expert_width, config.d_model
-        self.dispatch, self.router, self.n_expert, self.slots = config.dispatch, config.router, E, P
+        self.dispatch, self.router, self.n_expert = config.dispatch, config.router, E
         self.window = config.window if config.dispatch == "causal" else 1
         self.phi = nn.Parameter(torch.empty(D, E * P))
         if config.router == "cosine":
@@ -343,8 +344,9 @@ class SoftMoE(nn.Module):
 
     def window_weights(self, logits, absent):
         """w, the oldest token of a window first: logits [B, W - 1 + T, S], absent [W, B or 1, T, 1] -> [W, B, T, S]."""
-        scores = logits.unfold(1, self.window, 1).movedim(-1, 0) + self.recency.T.flip(0)[:, None, None]
-        return scores.masked_fill(absent, -torch.inf).softmax(0)
+        T = absent.shape[2]
+        scores = torch.stack([logits[:, k : k + T] for k in range(self.window)])  # unfold's compiled backward would add in any order
+        return (scores + self.recency.T.flip(0)[:, None, None]).masked_fill(absent, -torch.inf).softmax(0)
 
     def hidden(self, u, weights):
         """-> what the slots hold behind the first layer, [B, T, E, P, h]; P is 1 where all slots of an expert read the same."""

@@ -660,10 +660,15 @@ class TokenData:
     def has_masks(self):
         return any(mask is not None for mask in self.masks)
 
-    def n_targets(self, i):
-        """How many targets of block i count; reads its mask alone."""
+    def counted(self, i):
+        """Which targets of block i count, [T] of 0 and 1; None: all of them."""
         k, where = self._place(i)
-        return self.block_size if self.masks[k] is None else int((self.masks[k][where][1:] != 0).sum())
+        return None if self.masks[k] is None else self.masks[k][where][1:]
+
+    def n_targets(self, i):
+        """How many targets of block i count."""
+        counted = self.counted(i)
+        return self.block_size if counted is None else int((counted != 0).sum())
 
     def __len__(self):
         return int(self.first[-1])
@@ -686,13 +691,8 @@ def inputs_and_targets(blocks, i):
 
     Of a chat what the assistant does not write is -1 as a target, which does not count.
     """
-    ids = blocks[i]
-    targets = ids[1:]
-    if isinstance(blocks, TokenData) and blocks.has_masks:
-        k, where = blocks._place(i)
-        if blocks.masks[k] is not None:
-            targets = np.where(blocks.masks[k][where][1:], targets, -1)
-    return ids[:-1], targets
+    ids, counted = blocks[i], blocks.counted(i) if isinstance(blocks, TokenData) else None
+    return ids[:-1], ids[1:] if counted is None else np.where(counted, ids[1:], -1)
 
 
 def main(argv=None):

@@ -284,7 +284,7 @@ def main(argv=None, args=None):
     device = choose_device(args.device)
     model = Decoder.load(args.checkpoint).to(device).eval()
     if args.compile and not can_compile(device):
-        raise SystemExit("--compile needs a C++ compiler and Python's headers: apt install g++ python3-dev")
+        raise SystemExit("--compile needs CUDA, or a CPU with a C++ compiler and Python's headers: apt install g++ python3-dev")
     if args.compile and not model.has_cache:
         raise SystemExit('--compile: a model with dispatch = "sequence" reads the whole text for every token: leave it out')
     if args.compile:

@@ -278,6 +278,7 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         good = 1 - self.found_inf
         for group in self.param_groups:
+            fresh, kept = (1 - group["momentum"]) * good, 1 - group["lr"] * group["weight_decay"] * good
             batches = {}  # matrices of one shape are made orthogonal together, over all layers
             for p in group["params"]:
                 same_shape = batches.setdefault((p.shape[-2:], is_cut(p) and not cut_through(p)), [[]])
@@ -290,16 +291,16 @@ class Muon(torch.optim.Optimizer):
                     if not self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
                     grad = p.grad.nan_to_num_(0, 0, 0)  # 0 times NaN would still be NaN
-                    momentum = self.state[p]["momentum"].lerp_(grad, (1 - group["momentum"]) * good)
+                    momentum = self.state[p]["momentum"].lerp_(grad, fresh)
                     nesterov = grad.lerp(momentum, group["momentum"])
                     updates.append(whole_matrices(nesterov).reshape(-1, *p.shape[-2:]))
                 updates = (orthogonalized if own else shared_out)(torch.cat(updates)).split([len(u) for u in updates])
-                rate = group["lr"] * 0.2 * max(params[0].shape[-2:]) ** 0.5
+                rate = group["lr"] * 0.2 * max(params[0].shape[-2:]) ** 0.5 * good
                 for p, update in zip(params, updates):
                     if is_cut(p):
                         update = own_share(update.view(p.shape), p).to_local() if cut_through(p) else update
                         p = p.to_local()
-                    p.mul_(1 - group["lr"] * group["weight_decay"] * good).addcmul_(update.view_as(p), -rate * good)
+                    p.mul_(kept).addcmul_(update.view_as(p), rate, value=-1)
 
 
 def cut_through(p):
@@ -575,7 +576,7 @@ def main(argv=None):
         block.recompute = args.recompute
     if compiled:
         for block in model.blocks:  # one block's code serves all: the time to compile does not grow with depth
-            block.compile()
+            block.compile(dynamic=False)  # an evaluation of another batch must not make training's code one for any batch
     if args.shard:
         shard(model, device, world)
     model.to(device)
@@ -725,7 +726,7 @@ def main(argv=None):
 
     def finish(pending):
         """Wait for a step, agree on what to make of it, and note it."""
-        nonlocal skipped, in_a_row, seconds, stop, mark, noted
+        nonlocal skipped, in_a_row, seconds, stop, compiling, mark, noted
         n_targets, factor, numbers, ready = pending
         if ready:
             ready.synchronize()
@@ -740,7 +741,7 @@ def main(argv=None):
             agreed = torch.tensor([took if rank == 0 else 0.0, float(stop)], dtype=torch.float64)
             dist.all_reduce(agreed)
             took, stop = agreed[0].item(), agreed[1].item() > 0
-        seconds += took
+        seconds, compiling = seconds + took, False  # on all ranks
 
         if step % args.log_every == 0 or step == 1:
             done, took = progress(), (seconds - noted[1]) / (step - noted[0])  # of the steps since the last line
@@ -760,7 +761,9 @@ def main(argv=None):
             message = f"{MAX_SKIPPED} steps in a row had a loss or a gradient that cannot be right: the run ends at step {step}. The last good checkpoint "
             raise SystemExit(f"{message}is {good[0]}: go on from there with a smaller --lr, or look at the data" if rank == 0 else 1)
 
-    last_saved, pending, mark, noted, first_step = step if checkpoint else None, None, None, (step, seconds), step + 1
+    last_saved, first_step = step if checkpoint else None, step + 1
+    pending = mark = None  # a step whose numbers are not read yet; since when it is at work
+    noted = step, seconds  # at the last line of the log
     batches = loaded(data, phases, args.seed, rank, world, n_micro, B, device)
     while progress() < 1 and not stop:
         if args.eval_every and step % args.eval_every == 0 and step > evaluated and score(args.eval_tokens) is None:
@@ -791,16 +794,14 @@ def main(argv=None):
                 optimizer.step()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        numbers, ready = torch.stack([loss, norm, bad.float()]).to("cpu", non_blocking=on_gpu), None
-        if on_gpu:
-            ready = torch.cuda.Event()
-            ready.record()
-        step, compiling = step + 1, False
+        numbers = torch.stack([loss, norm, bad.float()]).to("cpu", non_blocking=on_gpu)
+        ready = torch.cuda.current_stream().record_event() if on_gpu else None
+        step += 1
         phases[-1][1] += batch
         pending = n_targets, factor, numbers, ready
         save_now, evaluate_now = (every and step % every == 0 for every in (args.save_every, args.eval_every))
         # What a GPU found is read when it is at work on the next step, unless something is to be done with this one.
-        if not on_gpu or save_now or evaluate_now or step == args.steps:
+        if not on_gpu or save_now or evaluate_now or step in (first_step, args.steps):
             finish(pending)
             pending = None
         if step == first_step:  # what there is now will stay: the garbage collector need not go through it again
@@ -822,6 +823,7 @@ def main(argv=None):
         say(f"next: python sample.py {run}    python eval.py {run}")
     elif whole:
         say(f"stopped at step {step}; python train.py --resume --out {run} goes on")
+    gc.unfreeze()
     if rank == 0:
         log.file.close()
     if world > 1:

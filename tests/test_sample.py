@@ -26,7 +26,6 @@ from sources import fetch, read_novel
 from tokenizer import load_tokenizer
 
 
-
 def test_top_k_keeps_the_k_likeliest():
     logits = torch.randn(5, 20)
     for k in (1, 3, 20, 50, 0):

@@ -324,6 +324,22 @@ def test_compiled_training_gives_the_loss_of_eager(whole, small_data, tmp_path):
     assert losses(tmp_path) == pytest.approx(losses(whole.out), abs=1e-4)
 
 
+def test_a_compiled_run_that_goes_on_with_an_evaluation_runs_the_code_of_the_undisturbed_one(small_data, tmp_path, monkeypatch):
+    """The evaluation is compiled before training then, and is of another batch."""
+    if not can_compile("cpu"):
+        pytest.skip("torch.compile needs a C++ compiler and Python's headers: apt install g++ python3-dev")
+    flags = [flag for flag in TINY if flag != "--no-compile"] + "--compile --micro-batch 8 --eval-tokens 64 --steps 4 --eval-every 2 --save-every 2".split()
+    python("train.py", "--data", small_data, "--out", tmp_path / "whole", *flags)
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "step-00000004")
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines[:2]), encoding="utf-8")  # killed while it scored step 2
+    monkeypatch.setenv("TORCH_LOGS", "+dynamic")
+    said = python("train.py", "--resume", "--out", tmp_path / "run")
+    assert "step     2 | val loss" in said.stdout and "create_symbol" not in said.stderr  # code for batches of any size has such
+    assert what_a_run_leaves(tmp_path / "run", 4) == what_a_run_leaves(tmp_path / "whole", 4)
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_named(whole, tmp_path, capsys):
     shutil.copytree(whole.out, tmp_path / "run")
     newest = tmp_path / "run" / "step-00000008"
