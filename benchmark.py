@@ -387,7 +387,7 @@ def benchmark_decoding(config, args, new=128):
     for name, model in models.items():
         model.eval()
         if "compiled" in name:
-            model.step = torch.compile(model.step)
+            model.compile_step()
 
     def run(name, B, T, new):
         ids = torch.randint(config.vocab_size, (B, T))

@@ -67,7 +67,6 @@ if __name__ == "__main__":
     given = get_args()  # a wrong flag, or -h, need not wait for torch
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 
 from checkpoint import description  # noqa: E402
 from model import Decoder, can_compile, choose_device  # noqa: E402
@@ -137,13 +136,13 @@ def generate(
         raise ValueError('dispatch = "sequence" reads padding too: give it prompts of one length')
     room = model.config.block_size + 1 - (ids >= 0).sum(1)  # the last token needs no forward
     max_new_tokens = min(max_new_tokens, room.max().item())
+    first_end = room.min().item()  # before it no row is full
     cache = model.new_cache(len(ids), ids.shape[1] + max_new_tokens) if model.has_cache else None
     unread = ids
     for n in range(max_new_tokens):
-        hidden = model.step(unread, cache) if n and cache else model.hidden(unread, cache)
-        logits = F.linear(hidden[:, -1], model.head_weight[:vocab_size])
-        new = pick(penalize_repeats(logits, ids, repetition_penalty), temperature, top_k, top_p, generator, min_p)
-        yield torch.where(n < room, new, -1)
+        logits = model.step(unread, cache) if n and cache else model.next_logits(unread, cache)
+        new = pick(penalize_repeats(logits[:, :vocab_size], ids, repetition_penalty), temperature, top_k, top_p, generator, min_p)
+        yield new if n < first_end else torch.where(n < room, new, -1)
         ids = torch.cat([ids, new[:, None]], dim=1)
         unread = ids if cache is None else new[:, None]
 
@@ -288,7 +287,7 @@ def main(argv=None, args=None):
     if args.compile and not model.has_cache:
         raise SystemExit('--compile: a model with dispatch = "sequence" reads the whole text for every token: leave it out')
     if args.compile:
-        model.step = torch.compile(model.step)
+        model.compile_step()
     tokenizer = load_tokenizer(model.checkpoint, model.config.vocab_size)
     generator = torch.Generator(device).manual_seed(args.seed)
     chat = trained_to_chat(model.checkpoint) if args.chat is None else args.chat

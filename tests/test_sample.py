@@ -1,6 +1,5 @@
 """Sampling: the filters against brute force, cached against uncached generation, the command, a chat at a terminal."""
 
-import collections
 import io
 import itertools
 import json
@@ -83,18 +82,28 @@ def test_greedy_generation_is_that_of_full_forwards(changes):
     assert got.max() < 40
 
 
-def test_a_compiled_step_is_the_same_function_at_any_length(chat_run):
+def test_compiled_it_writes_the_same_texts(chat_run):
     if not can_compile("cpu"):
         pytest.skip("torch.compile needs a C++ compiler and Python's headers: apt install g++ python3-dev")
     flags = "--temperature 0 --repetition-penalty 1.2 --max-new-tokens 60 --no-chat --prompt 却说 --prompt 曹操大惊，".split()
     texts = [call("sample.py", chat_run, *flags, *more).stdout for more in ([], ["--compile"])]
     assert texts[0] == texts[1]
-    model, lengths = Decoder.load(chat_run), []
-    code = torch.compile(model.step, backend=lambda graph, inputs: lengths.append(0) or graph.forward)
-    model.step = code
-    for T in (3, 50, 7):
-        collections.deque(generate(model, torch.randint(100, (1, T)), 40, 100, temperature=0), maxlen=0)
-    assert 0 < len(lengths) <= 2  # one for the first length, one for all
+
+
+def test_compiled_models_of_one_process_keep_to_their_own_code():
+    if not can_compile("cpu"):
+        pytest.skip("torch.compile needs a C++ compiler and Python's headers: apt install g++ python3-dev")
+    models = [small(), small(ffn="dense"), small(ffn="dense", d_expert=5)]
+    prompts = [torch.randint(50, (2, T)) for T in (3, 50, 7)]
+    greedy = lambda model: [torch.stack(list(generate(model, ids, 10, 50, temperature=0))) for ids in prompts]
+    expected = [greedy(model) for model in models]
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for model in models:
+        model.compile_step()
+    for _ in range(2):
+        for model, texts in zip(models, expected):
+            assert all(map(torch.equal, greedy(model), texts))
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 2 * len(models)  # one for the first length, one for all
 
 
 @pytest.mark.parametrize("changes", CAUSAL_KINDS, ids=str)
