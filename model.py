@@ -250,26 +250,27 @@ class WindowMix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u, weights):
-        """u [B, W - 1 + T, E, 1, 2, h], weights [W, B, T, E, P], the oldest token first -> [B, T, E, P, 2, h]."""
+        """u [B, W - 1 + T, E, 1, 2, h], weights [W, B, T, E, P], the oldest token first -> gate, up, [B, T, E, P, h] each."""
         ctx.save_for_backward(u, weights)
-        return window_mix(u, weights)
+        return tuple(window_mix(part, weights[..., None]) for part in u.unbind(-2))  # apart, or the compiler would keep both
 
     @staticmethod
-    def backward(ctx, d):
+    def backward(ctx, *d):
         u, weights = ctx.saved_tensors
         W, _, T, *_ = weights.shape
+        d = torch.stack(d, dim=-2)
         d_weights = torch.stack([(d * u[:, k : k + T]).sum((-2, -1)) for k in range(W)])
         # What a token gave to the last place of a window, it gave to the place before in the window one later, and so on.
         d = F.pad(d, (0, 0) * 4 + (W - 1, W - 1))
-        weights = F.pad(weights, (0, 0) * 2 + (W - 1, W - 1))
+        weights = F.pad(weights, (0, 0) * 2 + (W - 1, W - 1))[..., None, None]
         d_u = window_mix(d, torch.stack([weights[k, :, W - 1 - k : T + 2 * (W - 1) - k] for k in reversed(range(W))]))
         return d_u.sum(3, keepdim=True), d_weights
 
 
 def window_mix(u, weights):
-    """WindowMix, for where there is no gradient."""
+    """WindowMix, for where there is no gradient; weights [W, B, T, ...] of as many dimensions as u."""
     T = weights.shape[2]
-    first, *others = weights[..., None, None].unbind(0)
+    first, *others = weights.unbind(0)
     mixed = first * u[:, :T]
     for k, weight in enumerate(others, 1):
         mixed = torch.addcmul(mixed, weight, u[:, k : k + T])
@@ -350,9 +351,10 @@ class SoftMoE(nn.Module):
 
     def hidden(self, u, weights):
         """-> what the slots hold behind the first layer, [B, T, E, P, h]; P is 1 where all slots of an expert read the same."""
-        if weights is not None:
-            u = WindowMix.apply(u, weights) if torch.is_grad_enabled() else window_mix(u, weights)
-        gate, up = u.unbind(-2)
+        if weights is not None and torch.is_grad_enabled():
+            gate, up = WindowMix.apply(u, weights)
+        else:
+            gate, up = (u if weights is None else window_mix(u, weights[..., None, None])).unbind(-2)
         return F.silu(gate) * up
 
     def swiglu(self, u, weights, combine):

@@ -10,8 +10,8 @@ from conftest import TINY, call
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import benchmark
-from benchmark import LiveTensors, peak_memory
-from model import PRESETS, Config, Decoder
+from benchmark import LiveTensors, get_args, make_layer, peak_memory, step_of
+from model import PRESETS, Config, Decoder, can_compile
 
 
 def test_a_small_benchmark_prints_every_line():
@@ -31,6 +31,14 @@ def test_peak_memory_counts_what_is_alive_at_once():
         return b * b * b  # b, b * b and the result
 
     assert peak_memory(step) == 3 * 4000
+
+
+def test_the_compiled_causal_layer_takes_at_most_1_3_times_the_memory_of_the_dense_one():
+    if not can_compile("cpu"):
+        pytest.skip("torch.compile needs a C++ compiler and Python's headers: apt install g++ python3-dev")
+    args = get_args([])
+    dense, causal = (peak_memory(step_of(make_layer(kind, args), 1024, args)) for kind in ("dense", "causal"))
+    assert dense < causal < 1.3 * dense
 
 
 def test_a_small_benchmark_of_the_data_stage_prints_every_line(monkeypatch):
