@@ -526,7 +526,7 @@ def main(argv=None):
         loss.start()
         loss.join()
         if loss.exitcode:
-            raise SystemExit("the loss was not measured: it takes 16 GB of memory")
+            print(f"the loss was not measured (exit code {loss.exitcode}): it takes 16 GB of memory")
         keep_large_buffers()
         small = Config(n_layer=4, d_model=192, vocab_size=4096, block_size=256, tie_embeddings=True)
         benchmark_training(small, 8, args)

@@ -238,7 +238,10 @@ def routing(model, ids):
         x, place = inputs[:2]
         logits = ffn.router_logits(x)
         combine.append(logits[0].softmax(-1))
-        weights = ffn.window_weights(F.pad(logits, (0, 0, ffn.window - 1, 0)), place.absent) if ffn.window > 1 else torch.ones_like(logits)[None]
+        if ffn.window > 1:
+            weights = ffn.window_weights(F.pad(logits, (0, 0, ffn.window - 1, 0)), place.absent)
+        else:
+            weights = torch.ones_like(logits)[None]
         window.append(weights[:, 0].flip(0))
 
     hooks = [block.ffn.register_forward_pre_hook(look) for block in model.blocks]

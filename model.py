@@ -208,7 +208,7 @@ def place_tokens(ids, config, cache, dtype):
     absent = (positions < torch.arange(config.back, -1, -1, device=ids.device)[:, None, None])[..., None] if config.back else None
     if cache is None:
         return Place(rotary_angles(positions, config.d_model // config.n_head, config.rope_base, dtype), mask, absent)
-    cache.start, cache.bounded = start[:, -1:], bounded
+    cache.start, cache.bounded = start.amax(1, keepdim=True), bounded  # the last one; a slice of it would be compiled for by itself
     return Place(cache.angles[positions], mask, absent)
 
 
@@ -530,14 +530,18 @@ class Decoder(nn.Module):
         return F.linear(self.hidden(ids, cache)[:, -1], self.head_weight)
 
     def step(self, ids, cache):
-        """next_logits() of one more token, [B, 1] -> [B, V]; apart, so that it can be compiled."""
+        """next_logits() of one more token, [B, 1] -> [B, V]; apart, to be compiled: a prompt, of any length, stays eager."""
         return self.next_logits(ids, cache)
 
     def compile_step(self):
-        """One code for all lengths, made when step() is first called. The model must stay what and where it is: of what a call
-        would check, a tenth of its time, only the ids and the cache are left."""
+        """Make step() compiled: at its first calls, code for one length and then for all; one text, several, and padded ones have their own.
+
+        Whether the model's attributes are still the same is not checked at every call, which takes a tenth of it: change none of
+        them, and copy no compiled model, as the copy would run this one's weights.
+        """
+        # The sizes that a kernel checks again are those that a call has checked: 5 %
         options = {"size_asserts": False, "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        self.step = torch.compile(self.step, isolate_recompiles=True, options=options)  # isolated: no other model's code passes for this one's
+        self.step = torch.compile(self.step, isolate_recompiles=True, options=options)  # isolated: another model's code is not for this one
 
     def new_cache(self, batch, max_len):
         return Cache(self.config, batch, max_len, self.embedding.device, self.embedding.dtype)

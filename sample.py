@@ -41,7 +41,7 @@ def get_args(argv=None):
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; any number of times; $'\\n' is a line break")
     add("--seed", type=int, default=0, help="the same seed and prompts give the same texts (default %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    add("--compile", action="store_true", help="compile the step of one token, in 10 to 20 s when first used, 5 s later; for long or many texts")
+    add("--compile", action="store_true", help="compile the step of one token: 10 to 20 s at the first text, which its tok/s count, and some 5 s where the cache on disk has it")
     args = parser.parse_args(argv)
     for name, ok, expected in (
         ("num_samples", args.num_samples >= 1, "1 or more"),
@@ -136,13 +136,13 @@ def generate(
         raise ValueError('dispatch = "sequence" reads padding too: give it prompts of one length')
     room = model.config.block_size + 1 - (ids >= 0).sum(1)  # the last token needs no forward
     max_new_tokens = min(max_new_tokens, room.max().item())
-    first_end = room.min().item()  # before it no row is full
+    least_room = room.min().item()
     cache = model.new_cache(len(ids), ids.shape[1] + max_new_tokens) if model.has_cache else None
     unread = ids
     for n in range(max_new_tokens):
-        logits = model.step(unread, cache) if n and cache else model.next_logits(unread, cache)
+        logits = model.step(unread, cache) if n and cache is not None else model.next_logits(unread, cache)
         new = pick(penalize_repeats(logits[:, :vocab_size], ids, repetition_penalty), temperature, top_k, top_p, generator, min_p)
-        yield new if n < first_end else torch.where(n < room, new, -1)
+        yield new if n < least_room else torch.where(n < room, new, -1)
         ids = torch.cat([ids, new[:, None]], dim=1)
         unread = ids if cache is None else new[:, None]
 
@@ -281,9 +281,9 @@ def converse(model, tokenizer, messages, args, generator):
 def main(argv=None, args=None):
     args = args or get_args(argv)
     device = choose_device(args.device)
-    model = Decoder.load(args.checkpoint).to(device).eval()
     if args.compile and not can_compile(device):
         raise SystemExit("--compile needs CUDA, or a CPU with a C++ compiler and Python's headers: apt install g++ python3-dev")
+    model = Decoder.load(args.checkpoint).to(device).eval()
     if args.compile and not model.has_cache:
         raise SystemExit('--compile: a model with dispatch = "sequence" reads the whole text for every token: leave it out')
     if args.compile:
