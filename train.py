@@ -741,7 +741,8 @@ def main(argv=None):
             agreed = torch.tensor([took if rank == 0 else 0.0, float(stop)], dtype=torch.float64)
             dist.all_reduce(agreed)
             took, stop = agreed[0].item(), agreed[1].item() > 0
-        seconds, compiling = seconds + took, False  # on all ranks
+        seconds += took
+        compiling = False  # on all ranks, as they have just met
 
         if step % args.log_every == 0 or step == 1:
             done, took = progress(), (seconds - noted[1]) / (step - noted[0])  # of the steps since the last line
@@ -823,7 +824,7 @@ def main(argv=None):
         say(f"next: python sample.py {run}    python eval.py {run}")
     elif whole:
         say(f"stopped at step {step}; python train.py --resume --out {run} goes on")
-    gc.unfreeze()
+    gc.unfreeze()  # a program that called main() may go on
     if rank == 0:
         log.file.close()
     if world > 1:
