@@ -1,4 +1,4 @@
-"""Fixtures: the repository, the default data prepared for real, and a way to run its commands."""
+"""Fixtures: the repository, the default data prepared for real, and ways to run its commands."""
 
 import contextlib
 import importlib
@@ -13,25 +13,34 @@ from pathlib import Path
 import pytest
 import torch
 
-from sources import fetch, read_novel
+from common import exit_code
+from corpus.default import fetch, read_novel
 
 ROOT = Path(__file__).parent.parent
 # Two layers of everything, small enough for a step in milliseconds.
-TINY = ("--n-layer 2 --d-model 32 --n-head 2 --n-kv-head 1 --n-expert 3 --block-size 32 --micro-batch 2 "
-        "--batch-tokens 256 --eval-tokens 256 --log-every 1 --no-compile").split()  # fmt: skip
+TINY = (
+    "--n-layer 2 --d-model 32 --n-head 2 --n-kv-head 1 --n-expert 3 --block-size 32 --micro-batch 2 "
+    "--batch-tokens 256 --eval-tokens 256 --log-every 1 --no-compile"
+).split()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=3, help="how often the run of test_train.py that is killed is killed")
-    parser.addoption("--strings", type=int, default=3000, help="on how many strings tokenizers are compared with transformers")
+    parser.addoption("--kills", type=int, default=3, help="how many kill -9 the run in test_train.py has to survive")
+    parser.addoption("--strings", type=int, default=3000, help="how many strings to compare with transformers' tokenizers")
 
 
 def run(*command, cwd=ROOT, input=None, **environment):
     """Run a command of the repository as a user would; the result has its output as text."""
     return subprocess.run(
-        [str(part) for part in command], cwd=cwd, input=input, capture_output=True, text=True, encoding="utf-8", timeout=600,
+        [str(part) for part in command],
+        cwd=cwd,
+        input=input,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=600,
         env={**os.environ, **environment},
-    )  # fmt: skip
+    )
 
 
 def python(*command, ok=True, **kwargs):
@@ -42,16 +51,15 @@ def python(*command, ok=True, **kwargs):
 
 
 def call(script, *argv, ok=True):
-    """What `python SCRIPT ARGV` does, in this process: without the seconds that importing torch takes each time."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    """Run `python SCRIPT ARGV` (or `python -m extras.NAME ARGV`) in this process, without the seconds to import torch."""
+    out, err = io.StringIO(), io.StringIO()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        main = importlib.import_module(script.removesuffix(".py")).main
         try:
-            importlib.import_module(script.removesuffix(".py")).main([str(part) for part in argv])
-        except SystemExit as exit:  # as the interpreter does: a number is the exit code, all else is a message
-            code = exit.code if isinstance(exit.code, int) else 1
-            if code != exit.code:
-                print(exit.code, file=sys.stderr)
+            code = exit_code(main, [str(part) for part in argv])
+        except SystemExit as end:  # argparse
+            code = end.code
     for number, handler in handlers.items():
         signal.signal(number, handler)
     assert not ok or code == 0, out.getvalue() + err.getvalue()
@@ -75,10 +83,12 @@ def refused(result, *words):
 
 @pytest.fixture(scope="session")
 def fresh(tmp_path_factory):
-    """The repository's files in an empty folder; only what was already downloaded is shared, to spare the index."""
+    """The repository's files in an empty folder; only downloads are shared, to spare the package index."""
     folder = tmp_path_factory.mktemp("fresh")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
+    for name in ("corpus", "extras"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "data").mkdir()
     (ROOT / "data" / "raw").mkdir(parents=True, exist_ok=True)
     (folder / "data" / "raw").symlink_to(ROOT / "data" / "raw")
@@ -87,7 +97,7 @@ def fresh(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def first_run(fresh):
-    """What train.py, small but for that without flags, prints where nothing is prepared."""
+    """What train.py prints, with a small model but otherwise no flags, where nothing is prepared yet."""
     small = "--n-layer 1 --d-model 32 --eval-tokens 1000 --no-compile --steps 3".split()
     return python("train.py", *small, cwd=fresh).stdout
 
