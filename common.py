@@ -42,7 +42,7 @@ def read_text(path):
 
 
 def lock_file(file, wait=0.0):
-    """Lock an open file for this process until the file is closed; False if another process still has it after `wait` seconds."""
+    """Lock an open file for this process until it is closed; False if another process has it for `wait` seconds more."""
     with contextlib.suppress(ImportError):
         import fcntl  # not on Windows, where nothing is locked
 

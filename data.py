@@ -1,0 +1,278 @@
+"""Prepared data: the shard format, its writer and its reader, and the order in which training serves it.
+
+    data = TokenData("data/default", split="train", block_size=256)
+    ids = data[0]                        # sample 0: block_size + 1 ids
+    for micro_batches in batches(...):   # what train.py's loop reads
+
+data/NAME/ holds a tokenizer, manifest.json, and for each shard
+    SHARD.tokens.npy    ids (uint16 where the vocabulary fits, else uint32); every document ends with eos
+    SHARD.ends.npy      where the documents end
+    SHARD.mask.npy      of chats: 1 where a token counts in the loss
+    SHARD.hashes.npy    [documents, 3]: two halves of a hash of the content, and its fingerprint, to find copies later
+
+A sample is a row of block_size + 1 ids of one shard: inputs and targets, shifted by one.
+"""
+
+import concurrent.futures
+import hashlib
+import io
+import itertools
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+
+from common import sha256_of, write_atomically
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_array(path, array):
+    """Write a .npy file; returns its sha256."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    write_atomically(path, buffer.getbuffer())
+    return hashlib.sha256(buffer.getbuffer()).hexdigest()
+
+
+def write_shard(folder, name, documents, tokenizer):
+    """Write one shard from a list of (ids, mask or None, bytes of text, hashes); returns its entry in the manifest."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    ids, masks, sizes, hashes = zip(*documents)
+    eos, uncounted = np.array([tokenizer.eos_id]), np.zeros(1, dtype=np.uint8)
+    arrays = {
+        "tokens": np.concatenate([piece for own in ids for piece in (own, eos)], dtype=dtype, casting="unsafe"),
+        "ends": np.cumsum([len(own) + 1 for own in ids], dtype=np.uint64),
+        "hashes": np.stack(hashes),
+    }
+    if masks[0] is not None:
+        arrays["mask"] = np.concatenate([piece for mask in masks for piece in (mask, uncounted)])
+    sha256 = {kind: write_array(shard_path(folder, name, kind), array) for kind, array in arrays.items()}
+    return {"name": name, "tokens": len(arrays["tokens"]), "documents": len(ids), "bytes": sum(sizes), "sha256": sha256}
+
+
+def shard_path(folder, name, kind):
+    return Path(folder) / f"{name}.{kind}.npy"
+
+
+def shard_is_whole(folder, shard):
+    """Whether all files of a manifest's entry are there, with their hashes: a killed run may have left others."""
+    paths = [(shard_path(folder, shard["name"], kind), sha256) for kind, sha256 in shard["sha256"].items()]
+    return all(path.exists() and sha256_of(path) == sha256 for path, sha256 in paths)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_manifest(folder):
+    """manifest.json as a dict. ValueError if it is missing, damaged, or names files outside its folder."""
+    path = Path(folder) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        names = [manifest["tokenizer"]["file"], *(shard["name"] for shard in manifest["shards"])]
+        outside = [name for name in names if Path(name).name != name]
+        damaged = not {"parts", "inputs", "ledger"} <= manifest.keys()
+    except FileNotFoundError:
+        raise ValueError(f"no data in {folder}: python prepare.py FILE_OR_DIR --out {folder}") from None
+    except (ValueError, AttributeError, KeyError, TypeError):
+        damaged = True
+    if damaged:
+        raise ValueError(f"{path} is damaged or of another version: delete the folder and run prepare.py again")
+    if outside:
+        raise ValueError(f"{path} names {outside[0]}, which is not a file of its folder: do not use it")
+    return manifest
+
+
+class TokenData:
+    """The samples of one split of a prepared folder.
+
+    len(data)    number of samples: each shard is cut every block_size tokens; the rest at its end is not used
+    data[i]      sample i: block_size + 1 ids, int64. Neighbours overlap by one id, so that each id is a target once
+    """
+
+    def __init__(self, path, split="train", block_size=256):
+        """Raises ValueError for anything missing, of the wrong size or type, or too small."""
+        self.path, self.block_size = Path(path), block_size
+        self.manifest = read_manifest(self.path)
+        self.shards = [shard for shard in self.manifest["shards"] if shard["split"] == split]
+        self.tokens = [self._open(shard, "tokens", (np.uint16, np.uint32)) for shard in self.shards]
+        has_mask = ["mask" in shard["sha256"] for shard in self.shards]
+        self.masks = [self._open(shard, "mask", (np.uint8,)) if has else None for shard, has in zip(self.shards, has_mask)]
+        # first[k] is the number of shard k's first sample
+        self.first = np.cumsum([0] + [(len(tokens) - 1) // block_size for tokens in self.tokens])
+        if len(self) == 0:
+            longest = max(map(len, self.tokens), default=0)
+            raise ValueError(
+                f"{path}: a block of {block_size} needs {block_size + 1} tokens, the longest {split} shard has "
+                f"{longest}: give prepare.py more text, or train.py a smaller --block-size"
+            )
+
+    def _open(self, shard, kind, dtypes):
+        path = shard_path(self.path, shard["name"], kind)
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            array = None
+        if array is None or array.shape != (shard["tokens"],) or array.dtype not in dtypes:
+            self._refuse(path)
+        return array
+
+    def _refuse(self, path):
+        raise ValueError(f"{path} is missing or damaged: delete {self.path} and run prepare.py again")
+
+    def check_hashes(self, max_bytes=math.inf, seed=0, part=0, parts=1):
+        """Compare files with the manifest's sha256: all, or a random choice (by `seed`) of at most max_bytes.
+
+        Of several processes each checks its part. ValueError names the first file that differs.
+        """
+        files = [
+            (shard_path(self.path, shard["name"], kind), shard["sha256"][kind])
+            for shard in self.shards
+            for kind in ("tokens", "mask")
+            if kind in shard["sha256"]
+        ]
+        random.Random(seed).shuffle(files)
+        sizes = np.cumsum([path.stat().st_size for path, _ in files])
+        for path, sha256 in files[: np.searchsorted(sizes, max_bytes, side="right")][part::parts]:
+            if sha256_of(path) != sha256:
+                self._refuse(path)
+
+    def __len__(self):
+        return int(self.first[-1])
+
+    def __getitem__(self, i):
+        k, positions = self._locate(i)
+        return self.tokens[k][positions].astype(np.int64)
+
+    def counted(self, i):
+        """Which targets of sample i count in the loss, [block_size] of 0 and 1; None: all of them."""
+        k, positions = self._locate(i)
+        return None if self.masks[k] is None else self.masks[k][positions][1:]
+
+    def _locate(self, i):
+        """The shard of sample i, and its slice there."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        k = int(np.searchsorted(self.first, i, side="right")) - 1
+        start = (i - int(self.first[k])) * self.block_size
+        return k, slice(start, start + self.block_size + 1)
+
+
+def inputs_and_targets(samples, i):
+    """Sample i of TokenData, or of a list of rows of ids -> inputs [T], targets [T], int64.
+
+    In a chat only what the assistant says counts: every other target is -1.
+    """
+    ids, counted = samples[i], samples.counted(i) if isinstance(samples, TokenData) else None
+    return ids[:-1], ids[1:] if counted is None else np.where(counted, ids[1:], -1)
+
+
+def evenly_spaced(samples, max_tokens):
+    """Numbers of evenly spaced samples with max_tokens targets at most, but one sample at least."""
+    n = min(len(samples), max(1, max_tokens // (len(samples[0]) - 1)))
+    return np.linspace(0, len(samples) - 1, num=n, dtype=np.int64)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Order: which sample comes when is a pure function of (seed, step, rank). There is no loader state to save or to lose
+
+
+def data_order(i, n, seed):
+    """A seeded bijection of [0, n), int or int array -> the same: the i-th sample of an epoch.
+
+    A Feistel network of 6 rounds over the next power of four, walked along its cycle until it lands below n (Black and
+    Rogaway 2002, section 4): O(1) memory at any n up to 2^62, as no permutation is stored.
+    """
+    i = np.asarray(i, dtype=np.uint64)
+    if n < 1 or i.size and int(i.max()) >= n:
+        raise ValueError(f"data_order: index outside of [0, {n})")
+    half = np.uint64(max(1, math.ceil(max(1, (n - 1).bit_length()) / 2)))
+    low = np.uint64((1 << int(half)) - 1)
+    digest = hashlib.sha256(f"data order {seed}".encode()).digest()
+    keys = np.frombuffer(digest[:24], dtype=np.uint32).astype(np.uint64)
+
+    def permute(x):
+        left, right = x >> half, x & low
+        for key in keys:
+            # One multiplication and two shifts mix the bits well enough (constants of splitmix64).
+            h = (right + key) * np.uint64(0xBF58476D1CE4E5B9)
+            h = (h ^ (h >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ ((h >> np.uint64(32)) & low)
+        return left << half | right
+
+    with np.errstate(over="ignore"):
+        out = permute(i)
+        while (outside := out >= n).any():
+            out = np.where(outside, permute(out), out)
+    return out.astype(np.int64) if out.ndim else int(out)
+
+
+# A phase is [samples of the data, samples served so far]. Data that grows between two runs begins a new phase. Its first
+# epoch mixes all new samples with those that the old epoch had not served yet; every later epoch serves every sample.
+
+
+def unserved(phases):
+    """How many samples the current epoch still has to serve."""
+    if not phases:
+        return 0
+    *before, (n, served) = phases
+    first_epoch = unserved(before) + n - samples_before(before)
+    return first_epoch - served if served < first_epoch else -(served - first_epoch) % n
+
+
+def samples_before(phases):
+    """How many samples the data had in the last of these phases."""
+    return phases[-1][0] if phases else 0
+
+
+def sample_at(i, phases, seed):
+    """The number of the i-th sample that the last phase serves."""
+    *before, (n, _) = phases
+    left, old = unserved(before), samples_before(before)
+    first_epoch = left + n - old
+    name = f"{seed} phase {len(before)}" if before else seed
+    if i >= first_epoch:
+        epoch, i = divmod(i - first_epoch, n)
+        return data_order(i, n, f"{name} epoch {epoch + 1}")
+    i = data_order(i, first_epoch, f"{name} epoch 0")
+    return old + i - left if i >= left else sample_at(before[-1][1] + i, before, seed)
+
+
+def batch_at(data, phases, seed, first, count):
+    """Samples first .. first + count of the last phase -> inputs [count, T], targets [count, T]."""
+    import torch  # here, as prepare.py's processes do without it
+
+    pairs = [inputs_and_targets(data, sample_at(i, phases, seed)) for i in range(first, first + count)]
+    return tuple(torch.from_numpy(np.stack(rows)) for rows in zip(*pairs))
+
+
+def batches(data, phases, seed, rank, world, n_micro, micro_batch, device="cpu"):
+    """Yield for each step to come this rank's n_micro micro-batches, pairs of inputs and targets, [micro_batch, T].
+
+    A thread reads the next step's while this one's are in use; for CUDA into pinned memory, so that the copy to the
+    device is asynchronous.
+    """
+    import torch
+
+    pinned, start = device == "cuda", None
+    if pinned:  # a new thread would create a context on the first GPU
+        device_index = torch.cuda.current_device()
+
+        def start():
+            torch.cuda.set_device(device_index)
+
+    def read(first):
+        own = range(first + rank * n_micro * micro_batch, first + (rank + 1) * n_micro * micro_batch, micro_batch)
+        pairs = [batch_at(data, phases, seed, at, micro_batch) for at in own]
+        return [tuple(a.pin_memory() for a in pair) for pair in pairs] if pinned else pairs
+
+    with concurrent.futures.ThreadPoolExecutor(1, initializer=start) as thread:
+        step_samples, coming = world * n_micro * micro_batch, None
+        for first in itertools.count(phases[-1][1], step_samples):
+            ready, coming = coming, thread.submit(read, first)
+            if ready:
+                yield ready.result()
