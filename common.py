@@ -42,7 +42,7 @@ def read_text(path):
 
 
 def lock_file(file, wait=0.0):
-    """Lock an open file for this process until it is closed; False if another process has it for `wait` seconds more."""
+    """Lock an open file for this process until it is closed; False if another has it and keeps it for `wait` seconds."""
     with contextlib.suppress(ImportError):
         import fcntl  # not on Windows, where nothing is locked
 

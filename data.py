@@ -100,8 +100,7 @@ class TokenData:
         self.manifest = read_manifest(self.path)
         self.shards = [shard for shard in self.manifest["shards"] if shard["split"] == split]
         self.tokens = [self._open(shard, "tokens", (np.uint16, np.uint32)) for shard in self.shards]
-        has_mask = ["mask" in shard["sha256"] for shard in self.shards]
-        self.masks = [self._open(shard, "mask", (np.uint8,)) if has else None for shard, has in zip(self.shards, has_mask)]
+        self.masks = [self._open(shard, "mask", (np.uint8,)) for shard in self.shards]
         # first[k] is the number of shard k's first sample
         self.first = np.cumsum([0] + [(len(tokens) - 1) // block_size for tokens in self.tokens])
         if len(self) == 0:
@@ -112,6 +111,8 @@ class TokenData:
             )
 
     def _open(self, shard, kind, dtypes):
+        if kind not in shard["sha256"]:  # only chats have masks
+            return None
         path = shard_path(self.path, shard["name"], kind)
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -211,8 +212,8 @@ def data_order(i, n, seed):
     return out.astype(np.int64) if out.ndim else int(out)
 
 
-# A phase is [samples of the data, samples served so far]. Data that grows between two runs begins a new phase. Its first
-# epoch mixes all new samples with those that the old epoch had not served yet; every later epoch serves every sample.
+# A phase is [samples of the data, samples served so far]. Data that grows between two runs begins a new phase. Its
+# first epoch mixes all new samples with those that the old epoch had not served yet; later epochs serve every sample.
 
 
 def unserved(phases):
