@@ -1,116 +1,67 @@
-"""The folder of a run: checkpoints, written whole or not at all and read if their hashes are right, and the log of its numbers.
+"""The folder of a run: checkpoints, written whole or not at all and read only if their hashes are right, and the log.
 
-    out/RUN/metrics.jsonl    a line for each step that is noted
-    out/RUN/step-00000500/    model.pt  optimizer.pt  state.json  a tokenizer  sha256.json, which is written last
+model, tokenizer, info = load("out/demo")    # the newest step of a run, one step, or a Hugging Face folder
+
+out/RUN/metrics.jsonl    a line for every step and every evaluation that is logged
+out/RUN/step-00000500/   model.pt  optimizer.pt  state.json  a tokenizer  sha256.json, which is written last
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
 import sys
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError  # what torch.load raises at code in a file; nothing here is unpickled
+from pickle import UnpicklingError  # what torch.load raises for code in a file: nothing here is ever unpickled
 
 import torch
 
+from common import lock_file
+from model import Config, Decoder
+from parallel import gather_state
+from tokenizer import load_tokenizer
 
-class Log:
-    """metrics.jsonl, a line of JSON for every step or evaluation that is noted. While it is open no other run can have the folder."""
-
-    def __init__(self, run):
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            self.file, self.unwritten = open(run / "metrics.jsonl", "a+b", buffering=0), b""
-        except OSError as error:
-            raise SystemExit(f"{error.filename}: {error.strerror}: choose another --out, or make room")
-        with contextlib.suppress(ImportError):
-            import fcntl  # not on Windows
-
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise SystemExit(f"another run is at work in {run}: wait for it, end its processes, or choose another --out")
-
-    def cut(self, step):
-        """Remove what was written beyond a step; returns the last step that has been evaluated."""
-        evaluated, end = 0, 0
-        self.file.seek(0)
-        for line in self.file.read().splitlines(keepends=True):
-            try:
-                values = json.loads(line)
-                if values["step"] > step or not line.endswith(b"\n"):
-                    break
-            except (ValueError, KeyError, TypeError):  # half of a line, of a run that was killed
-                break
-            end += len(line)
-            evaluated = values["step"] if "val_loss" in values else evaluated
-        self.file.truncate(end)
-        return evaluated
-
-    def add(self, **values):
-        """Numbers that are none become null. What finds no room on the disk stays in .unwritten, for the next time."""
-        values = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self.unwritten += json.dumps(values).encode("utf-8") + b"\n"
-        with contextlib.suppress(OSError):
-            while self.unwritten:
-                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading
 
 
-def save_checkpoint(final, state, weights, optimizer_states, tokenizer, keep, keep_every):
-    """Write the checkpoint of a step under a temporary name, flush it to the disk, rename it; then remove old ones.
+@dataclass
+class Info:
+    """Where a model comes from, and how its texts began in training."""
 
-    state: JSON. OSError if there is no room: then the checkpoints before it are as they were.
-    """
-    run, temporary = final.parent, final.with_name("." + final.name)
-    for path in run.glob(".step-*"):  # of a run that was killed while it saved
-        shutil.rmtree(path)
-    try:
-        temporary.mkdir()
-        for name, tensors in (("model.pt", weights), ("optimizer.pt", optimizer_states)):
-            with open(temporary / name, "wb") as file:
-                torch.save(tensors, file)
-        (temporary / tokenizer.FILE).write_bytes(tokenizer.content)
-        (temporary / "state.json").write_text(state, encoding="utf-8")
-        hashes = {}
-        for path in sorted(temporary.iterdir()):
-            with open(path, "rb") as file:
-                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-                os.fsync(file.fileno())
-        with open(temporary / "sha256.json", "w", encoding="utf-8") as file:
-            json.dump(hashes, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(final)
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error.__context__, OSError):  # torch.save has an error of its own for a full disk
-            raise error.__context__
-        raise
-    descriptor = os.open(run, os.O_RDONLY)  # the rename itself must reach the disk before an older checkpoint goes
-    os.fsync(descriptor)
-    os.close(descriptor)
-    for path in sorted(run.glob("step-*"))[:-keep]:
-        if not keep_every or int(path.name[5:]) % keep_every:
-            shutil.rmtree(path)
+    path: Path  # the checkpoint, or the Hugging Face folder
+    state: dict = field(default_factory=dict)  # state.json of a checkpoint of ours, else empty
+    chat: bool = False  # trained mostly on conversations
+    eos_first: bool = False  # documents begin behind an eos: ours do
 
 
-def put_aside(checkpoint):
-    """Rename what is newer than the checkpoint that a run goes on from: it was passed over, and does not count as one to keep."""
-    for path in checkpoint.parent.glob("step-*"):
-        if path.name > checkpoint.name:
-            damaged = path.with_name("damaged-" + path.name)
-            if damaged.exists():
-                shutil.rmtree(damaged)
-            path.rename(damaged)
+def load(path):
+    """-> model (fp32, on the CPU), tokenizer, Info of a step, of a run's newest step, or of a Hugging Face folder."""
+    path = Path(path)
+    if (path / "config.json").exists():
+        from extras.huggingface import load_folder
+
+        model, found = load_folder(path)
+        ours = found.get("architectures") == ["NanoSteelForCausalLM"]
+        info = Info(path, chat=bool(found.get("chat", False)), eos_first=ours)
+    else:
+        path = newest_checkpoint(path)
+        state = read_state(path)
+        model = Decoder(Config(**state["config"]))
+        model.load_state_dict(read_tensors(path / "model.pt"))
+        info = Info(path, state, state["chat"], eos_first=True)
+    return model, load_tokenizer(path, model.config.vocab_size), info
 
 
 def newest_checkpoint(path):
-    """The checkpoint to read: path itself, the newest of a run directory, or the newest of all runs under path.
+    """The checkpoint to read: path itself, the newest of a run, or the newest of all runs in path.
 
-    A checkpoint whose files do not have the hashes in its sha256.json is passed over, and said so.
+    One whose files differ from the hashes in its sha256.json is passed over, and named on stderr.
     """
     path = Path(path)
     if (path / "sha256.json").exists() or path.name.startswith("step-"):
@@ -118,13 +69,13 @@ def newest_checkpoint(path):
     else:
         found = sorted(path.glob("step-*"), reverse=True)
         found = found or sorted(path.glob("*/step-*"), key=lambda p: (p.stat().st_mtime, p.name), reverse=True)
-    for step_dir in found:
-        if problem := checkpoint_problem(step_dir):
-            print(f"passed over {step_dir}: {problem}", file=sys.stderr)
-        else:
-            return step_dir
+    for step_folder in found:
+        problem = checkpoint_problem(step_folder)
+        if not problem:
+            return step_folder
+        print(f"passed over {step_folder}: {problem}", file=sys.stderr)
     whole = "whole " if found else ""
-    raise SystemExit(f"no {whole}checkpoint in {path}: train one with python train.py, or give its directory")
+    raise ValueError(f"no {whole}checkpoint in {path}: train one with python train.py, or give its directory")
 
 
 def checkpoint_problem(path):
@@ -134,7 +85,8 @@ def checkpoint_problem(path):
         if not content:
             return "sha256.json is empty"
         recorded = json.loads(content)
-        if not {"model.pt", "optimizer.pt", "state.json"} <= recorded.keys() or any(Path(name).name != name for name in recorded):
+        needed = {"model.pt", "optimizer.pt", "state.json"}
+        if not needed <= recorded.keys() or any(Path(name).name != name for name in recorded):
             return "sha256.json is damaged"
         for name, sha256 in recorded.items():
             with open(path / name, "rb") as file:
@@ -149,17 +101,162 @@ def checkpoint_problem(path):
     return None
 
 
-def description(path):
-    """What a folder says of its model: state.json of a checkpoint, config.json of a Hugging Face folder."""
-    for file in (path / "state.json", path / "config.json"):
-        if file.exists():
-            return json.loads(file.read_text(encoding="utf-8"))
-    return {}
+def read_state(path):
+    """state.json of a checkpoint. ValueError for one of a version before this."""
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if state.get("version") != VERSION:
+        raise ValueError(f"{path} was written by another version of nanoSteel: train again, or use that version")
+    return state
 
 
 def read_tensors(path):
-    """What torch.save wrote, on the CPU, if it is nothing but tensors in dicts and lists; code in it is refused, not run."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # many processes of a machine read it once
+    """What torch.save wrote, on the CPU: tensors in dicts and lists. Code in the file is refused, not run."""
+    try:  # mapped into memory, so that all processes of a machine share one copy
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (UnpicklingError, RuntimeError) as error:
-        raise SystemExit(f"{path} is not a file of tensors ({str(error).splitlines()[0]}): use another checkpoint")
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a file of tensors ({reason}): use another checkpoint") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving
+
+VERSION = 2  # of state.json
+
+
+class Saver:
+    """Writes checkpoints in a thread of rank 0, while training goes on."""
+
+    def __init__(self, run, tokenizer, log, ranks, keep, keep_every):
+        """log: the run's Log, on rank 0. keep: how many newest steps stay, beside the multiples of keep_every."""
+        self.run, self.tokenizer, self.log, self.ranks = run, tokenizer, log, ranks
+        self.keep, self.keep_every = keep, keep_every
+        self.thread, self.whole, self.last = None, True, None  # last: the step saved or loaded last
+
+    def save(self, model, optimizers, state):
+        """Copy all tensors to rank 0's memory, all ranks taking part, and start to write them. state: JSON values."""
+        self.wait()
+        self.last = state["step"]
+        tensors = gather_state(
+            [model.state_dict(), [optimizer.state_dict() for optimizer in optimizers]], self.ranks.rank
+        )
+        if self.ranks.rank == 0:
+            text = json.dumps({"version": VERSION} | state, indent=1, ensure_ascii=False)
+            content = self.run / f"step-{self.last:08d}", self.log.unwritten, text, *tensors
+            self.thread = threading.Thread(target=self.write, args=content)
+            self.thread.start()
+
+    def write(self, folder, unwritten_log, *content):
+        self.whole = False
+        try:
+            if unwritten_log:  # no checkpoint without the log lines before it
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self.log.file.fileno())
+            write_checkpoint(folder, *content, self.tokenizer)
+            remove_old(self.run, self.keep, self.keep_every)
+            self.whole = True
+        except OSError as error:
+            problem = f"{folder} could not be saved ({error.strerror})"
+            print(f"{problem}: make room; the checkpoints before it are whole", file=sys.stderr, flush=True)
+
+    def wait(self):
+        """Wait for the thread; whether the last checkpoint is whole, on all ranks."""
+        if self.thread:
+            self.thread.join()
+        return bool(self.ranks.from_rank_0(self.whole))
+
+
+def write_checkpoint(folder, state, weights, optimizer_states, tokenizer):
+    """Write a step under a temporary name, flush it to the disk, rename it.
+
+    state: the text of state.json. OSError if there is no room: the checkpoints before it stay as they were.
+    """
+    temporary = folder.with_name("." + folder.name)
+    for path in folder.parent.glob(".step-*"):  # left by a run that was killed while it saved
+        shutil.rmtree(path)
+    try:
+        temporary.mkdir()
+        for name, tensors in (("model.pt", weights), ("optimizer.pt", optimizer_states)):
+            with open(temporary / name, "wb") as file:
+                torch.save(tensors, file)
+        (temporary / tokenizer.FILE).write_bytes(tokenizer.content)
+        (temporary / "state.json").write_text(state, encoding="utf-8")
+        hashes = {path.name: flushed_sha256(path) for path in sorted(temporary.iterdir())}
+        with open(temporary / "sha256.json", "w", encoding="utf-8") as file:
+            json.dump(hashes, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(folder)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error.__context__, OSError):  # torch.save raises an error of its own for a full disk
+            raise error.__context__ from None
+        raise
+    descriptor = os.open(folder.parent, os.O_RDONLY)  # the rename must reach the disk before an older checkpoint goes
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def flushed_sha256(path):
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+    return sha256
+
+
+def remove_old(run, keep, keep_every):
+    """Remove all but the newest `keep` checkpoints and those of every `keep_every` steps."""
+    for path in sorted(run.glob("step-*"))[:-keep]:
+        if not keep_every or int(path.name[5:]) % keep_every:
+            shutil.rmtree(path)
+
+
+def set_aside_newer(checkpoint):
+    """Rename steps newer than the one that a run resumes from: they are damaged, and must not count as kept."""
+    for path in checkpoint.parent.glob("step-*"):
+        if path.name > checkpoint.name:
+            damaged = path.with_name("damaged-" + path.name)
+            if damaged.exists():
+                shutil.rmtree(damaged)
+            path.rename(damaged)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Log
+
+
+class Log:
+    """metrics.jsonl: a JSON object a line for every step or evaluation that is logged. It is also the run's lock: while
+    it is open, no other run can use the folder."""
+
+    def __init__(self, run):
+        run.mkdir(parents=True, exist_ok=True)
+        self.file, self.unwritten = open(run / "metrics.jsonl", "a+b", buffering=0), b""
+        if not lock_file(self.file):
+            raise ValueError(
+                f"another run is at work in {run}: wait for it, end its processes, or choose another --out"
+            )
+
+    def cut(self, step):
+        """Remove what was written beyond a step; returns the last step that was evaluated."""
+        evaluated, end = 0, 0
+        self.file.seek(0)
+        for line in self.file.read().splitlines(keepends=True):
+            try:
+                values = json.loads(line)
+                if values["step"] > step or not line.endswith(b"\n"):
+                    break
+            except (ValueError, KeyError, TypeError):  # half a line, of a run that was killed
+                break
+            end += len(line)
+            evaluated = values["step"] if "val_loss" in values else evaluated
+        self.file.truncate(end)
+        return evaluated
+
+    def add(self, **values):
+        """Write a line; NaN and inf are written as null. On a full disk it waits in .unwritten for the next time."""
+        values = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self.unwritten += json.dumps(values).encode("utf-8") + b"\n"
+        with contextlib.suppress(OSError):
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]

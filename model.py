@@ -1,44 +1,29 @@
-"""The decoder: Qwen-style attention and a causal Soft Mixture of Experts.
+"""The decoder: Qwen-style attention and a causal Soft Mixture of Experts. Needs torch alone: a copy of this file works.
 
     config = PRESETS["demo"]                     # or Config(n_layer=..., ...)
     model = Decoder(config)
     logits = model(ids)                          # [B, T] -> [B, T, V]
-    loss = model(ids, targets)                   # mean nats per counted target
-    cache = model.new_cache(batch, max_len)      # then model(ids, cache=cache), any number of times
-    model = Decoder.load("out/demo")             # a checkpoint, or the newest one of a run, or a Hugging Face folder
-
-`python model.py out/demo --export DIR` writes a checkpoint as such a folder (weights.py).
+    loss = model(ids, targets)                   # mean nats per counted target; reduction="sum": their sum
+    cache = model.new_cache(batch, max_len)      # then model(ids, cache=cache) any number of times
 
 Shapes: B batch, T time, D width (d_model), H heads, G key/value heads, K head dim, V vocabulary,
         E experts, P slots per expert, S = E * P slots, W window, h hidden width of an expert.
 """
 
-import functools
-import json
 import math
-import os
-import shutil
-import sysconfig
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.checkpoint import checkpoint as recompute
 
-from checkpoint import newest_checkpoint, read_tensors
-
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Configuration
 
-CHOICES = {
-    "ffn": ("soft_moe", "dense"),
-    "dispatch": ("causal", "token", "sequence"),
-    "expert": ("swiglu", "swiglu2"),
-    "router": ("cosine", "linear"),
-}
+CHOICES = {"ffn": ("soft_moe", "dense"), "dispatch": ("causal", "token", "sequence")}
+CHOICES |= {"expert": ("swiglu", "swiglu2"), "router": ("cosine", "linear")}
 
 
 @dataclass(frozen=True)
@@ -48,32 +33,29 @@ class Config:
     n_head: int = 4
     n_kv_head: int = 4
     vocab_size: int = 8192
-    block_size: int = 128  # the longest text the model is trained on, in tokens
+    block_size: int = 128  # tokens of a sample in training, and the longest context
     ffn: str = "soft_moe"  # or dense: one SwiGLU with as many parameters as all experts together
     dispatch: str = "causal"  # what a slot reads: causal: the last `window` tokens; token: one; sequence: all (leaks)
     window: int = 4
     n_expert: int = 6
     slots_per_expert: int = 1
-    expert: str = "swiglu"  # or swiglu2: the second layer is gated as well, as in Steel-LLM
-    router: str = "cosine"  # logits of token and slot; linear: their product as it is, which is what Qwen2-MoE has
+    expert: str = "swiglu"  # or swiglu2: the second matrix is gated as well, as in Steel-LLM
+    router: str = "cosine"  # logits of token and slot: scaled cosine, or linear: the plain product, as in Qwen2-MoE
     d_expert: int = 0  # hidden width of an expert; 0: so that the layer has about 8 d_model^2 weights
     tie_embeddings: bool = False
-    reset_id: int = -1  # nothing reads back over this id, which begins a document; -1: texts packed together see each other
+    reset_id: int = -1  # no position reads back over this id, which begins a document; -1: documents see each other
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6
 
     def __post_init__(self):
-        problems = [
-            f"{name} = {getattr(self, name)!r}, expected one of {', '.join(choices)}"
-            for name, choices in CHOICES.items()
-            if getattr(self, name) not in choices
-        ]
+        problems = []
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and value < {"d_expert": 0, "reset_id": -1}.get(field.name, 1):
-                problems.append(f"{field.name} = {value}, expected a positive number")
-            if field.type is float and not 0 < value < math.inf:
-                problems.append(f"{field.name} = {value}, expected a positive number")
+            name, value = field.name, getattr(self, field.name)
+            least = {"d_expert": 0, "reset_id": -1}.get(name, 1)
+            if name in CHOICES and value not in CHOICES[name]:
+                problems.append(f"{name} = {value!r}, expected one of {', '.join(CHOICES[name])}")
+            if field.type is int and value < least or field.type is float and not 0 < value < math.inf:
+                problems.append(f"{name} = {value}, expected a positive number")
         if not problems and self.d_model % (2 * self.n_head):
             problems.append(f"d_model = {self.d_model} is not a multiple of 2 x n_head = {2 * self.n_head}")
         if not problems and self.n_head % self.n_kv_head:
@@ -81,7 +63,7 @@ class Config:
         if not problems and self.reset_id >= 0 and self.reads_ahead:
             problems.append("dispatch = sequence reads over every end of document: leave --reset-at-eos out")
         if problems:
-            raise SystemExit("model configuration: " + "; ".join(problems))
+            raise ValueError("model configuration: " + "; ".join(problems))
 
     @property
     def reads_ahead(self):
@@ -89,13 +71,13 @@ class Config:
         return self.ffn == "soft_moe" and self.dispatch == "sequence"
 
     @property
-    def back(self):
-        """How many tokens before its own a slot of a Soft MoE reads."""
+    def look_back(self):
+        """How many earlier tokens a slot of the Soft MoE reads."""
         return self.window - 1 if self.ffn == "soft_moe" and self.dispatch == "causal" else 0
 
     @property
     def matrices_per_expert(self):
-        return {"swiglu": 3, "swiglu2": 4}[self.expert]
+        return 3 if self.expert == "swiglu" else 4
 
     @property
     def expert_width(self):
@@ -112,49 +94,67 @@ PRESETS = {
     "small": Config(
         n_layer=12, d_model=768, n_head=12, n_kv_head=12, vocab_size=16_384, block_size=1024, tie_embeddings=True
     ),
-    "steel-1b": Config(
+    "steel-1b": Config(  # arXiv 2502.06635, section 3
         n_layer=18, d_model=1792, n_head=32, n_kv_head=32, vocab_size=151_936, block_size=2048,
         n_expert=6, d_expert=448, expert="swiglu2", rope_base=1_000_000.0,
     ),
 }  # fmt: skip
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Positions, cache, attention
 
-# ---------------------------------------------------------------------------------------------------------------
-# Attention
+
+class Place(NamedTuple):
+    """Where the tokens of one forward pass stand. Positions count from the first token that may be read."""
+
+    angles: torch.Tensor  # [B or 1, T, 2, 1, K]: cos and sin of the rotary angles
+    mask: torch.Tensor | None  # [B or 1, 1, T, length + T]: true where attention may look; None: plain causal attention
+    absent: torch.Tensor | None  # [W, B or 1, T, 1]: true where a window reaches back over that token; None: no window
+
+
+def place_tokens(ids, config, cache, dtype):
+    """ids [B, T] -> Place. Nothing looks back over a reset_id, nor into left padding (-1) in a cache's first ids."""
+    T = ids.shape[1]
+    length, start, bounded = (cache.length, cache.start, cache.bounded) if cache else (0, 0, config.reset_id >= 0)
+    index = torch.arange(length, length + T, device=ids.device)[None]
+    if cache is not None and length == 0 and (ids < 0).any():
+        start, bounded = (ids < 0).sum(1, keepdim=True), True
+    if config.reset_id >= 0:
+        start = torch.where(ids == config.reset_id, index, start).cummax(1).values  # [B, T]
+    positions = (index - start).clamp(min=0)  # padding reads itself: a softmax over nothing would be NaN
+    mask = absent = None
+    if bounded or length and T > 1:
+        seen = torch.arange(length + T, device=ids.device)
+        mask = ((seen <= index[..., None]) & (seen >= (index - positions)[..., None]))[:, None]
+    if config.look_back:
+        absent = (positions < torch.arange(config.look_back, -1, -1, device=ids.device)[:, None, None])[..., None]
+    if cache is not None:  # amax, not [:, -1:]: torch.compile would make code of its own for a strided view
+        cache.start, cache.bounded = start.amax(1, keepdim=True), bounded
+    # Rotary positions (arXiv 2104.09864), half-split; the angles in fp32.
+    K = config.d_model // config.n_head
+    frequencies = config.rope_base ** (-torch.arange(0, K, 2, device=ids.device, dtype=torch.float32) / K)
+    angles = positions[..., None].float() * frequencies.repeat(2)
+    return Place(torch.stack([angles.cos(), angles.sin()], dim=-2)[..., None, :].to(dtype), mask, absent)
 
 
 class Cache:
-    """What decoding remembers of each layer: keys and values of every position, and of a Soft MoE what its router and its first matrix
-    made of the last W - 1 tokens.
-
-    length   tokens seen so far, the same for every row of the batch
-    start    [B, 1]: the number of the token that began the text being read; before it stand padding or other documents
-    bounded  whether start can be other than 0
-    angles   [max_len, 2, 1, K]: cos and sin of every position
-    """
+    """What decoding keeps of each layer: keys and values, and for a window what it still reaches of the last tokens."""
 
     def __init__(self, config, batch, max_len, device, dtype):
-        self.config, self.length, self.max_len, self.bounded = config, 0, max_len, config.reset_id >= 0
-        zeros = functools.partial(torch.zeros, device=device, dtype=dtype)
-        self.start = zeros(batch, 1, dtype=torch.long)
-        head_dim = config.d_model // config.n_head
-        self.k, self.v = ([zeros(batch, config.n_kv_head, max_len, head_dim) for _ in range(config.n_layer)] for _ in "kv")
+        like, layers = {"device": device, "dtype": dtype}, range(config.n_layer)
+        self.max_len, self.length = max_len, 0  # tokens read so far, the same in every row of the batch
+        self.start = torch.zeros(batch, 1, dtype=torch.long, device=device)  # of the document that is being read
+        self.bounded = config.reset_id >= 0  # whether start can be other than 0
+        size = batch, config.n_kv_head, max_len, config.d_model // config.n_head
+        self.k = [torch.zeros(size, **like) for _ in layers]
+        self.v = [torch.zeros_like(k) for k in self.k]
+        # Router logits and first-matrix outputs of the last W - 1 tokens: more numbers than x, but nothing to redo.
         widths = config.n_expert * config.slots_per_expert, config.n_expert * 2 * config.expert_width
-        self.recent = [[zeros(batch, config.back, width) for width in widths] for _ in range(config.n_layer)]
-        self.angles = rotary_angles(torch.arange(max_len, device=device), head_dim, config.rope_base, dtype)
-
-    def repeat(self, batch, max_len):
-        """This cache of one text for a batch of texts that all begin with it, of max_len positions at most."""
-        cache = Cache(self.config, batch, max_len, self.start.device, self.k[0].dtype)
-        cache.length, cache.bounded, cache.start = self.length, self.bounded, self.start.repeat(batch, 1)
-        for own, ours in zip(cache.k + cache.v, self.k + self.v):
-            own[:, :, : self.length] = ours[:, :, : self.length]
-        cache.recent = [[a.repeat(batch, 1, 1) for a in recent] for recent in self.recent]
-        return cache
+        self.recent = [[torch.zeros(batch, config.look_back, width, **like) for width in widths] for _ in layers]
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions; q, k and v have a bias (Qwen1.5)."""
+    """Causal grouped-query attention with rotary positions; q, k and v have a bias, as in Qwen1.5 and Qwen2."""
 
     def __init__(self, config):
         super().__init__()
@@ -166,66 +166,23 @@ class Attention(nn.Module):
         self.out = nn.Parameter(torch.empty(config.d_model, config.d_model))
 
     def forward(self, x, place, cache=None, layer=0):
-        """x [B, T, D] -> [B, T, D]."""
         B, T, D = x.shape
         qkv = F.linear(x, self.qkv.flatten(0, 1), self.qkv_bias.flatten()).view(B, T, -1, self.head_dim)
         qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
-        q, k = rotate(qk, *place.angles.unbind(2)).split([self.n_head, self.n_kv_head], dim=2)
+        (cos, sin), (first, second) = place.angles.unbind(2), qk.chunk(2, dim=-1)
+        qk = qk * cos + torch.cat([-second, first], dim=-1) * sin  # turn each pair (x_i, x_{i + K/2}) by its angle
+        q, k = qk.split([self.n_head, self.n_kv_head], dim=2)
         q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # [B, H or G, T, K]
         if cache is not None:
-            stored = cache.k[layer], cache.v[layer]
-            for store, new in zip(stored, (k, v)):
-                store.narrow(2, cache.length, T).copy_(new)
-            k, v = (store.narrow(2, 0, cache.length + T) for store in stored)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=place.mask, is_causal=place.mask is None and T > 1, enable_gqa=self.n_head != self.n_kv_head
-        )
+            for stored, new in ((cache.k[layer], k), (cache.v[layer], v)):
+                stored.narrow(2, cache.length, T).copy_(new)
+            k, v = (stored.narrow(2, 0, cache.length + T) for stored in (cache.k[layer], cache.v[layer]))
+        is_causal, enable_gqa = place.mask is None and T > 1, self.n_head != self.n_kv_head
+        y = F.scaled_dot_product_attention(q, k, v, place.mask, is_causal=is_causal, enable_gqa=enable_gqa)
         return F.linear(y.transpose(1, 2).reshape(B, T, D), self.out)
 
 
-class Place(NamedTuple):
-    """Where the tokens of one forward stand."""
-
-    angles: torch.Tensor  # [B or 1, T, 2, 1, K], cos and sin of the positions, which count from the first token that may be read
-    mask: torch.Tensor | None  # [B or 1, 1, T, length + T], true where attention may look; None: at all that came before
-    absent: torch.Tensor | None  # [W, B or 1, T, 1], true where a slot's window reaches back over that first token; None: no window
-
-
-def place_tokens(ids, config, cache, dtype):
-    """ids [B, T] -> Place. Nothing looks back over a reset_id, nor into the padding (-1) on the left of a cache's first ids."""
-    T = ids.shape[1]
-    length, start, bounded = (cache.length, cache.start, cache.bounded) if cache is not None else (0, 0, config.reset_id >= 0)
-    index = torch.arange(length, length + T, device=ids.device)[None]
-    if cache is not None and length == 0 and (ids < 0).any():
-        start, bounded = (ids < 0).sum(1, keepdim=True), True
-    if config.reset_id >= 0:
-        start = torch.where(ids == config.reset_id, index, start).cummax(1).values  # [B, T]
-    positions = (index - start).clamp(min=0)  # padding stands at 0 and reads itself: a softmax over nothing would be NaN
-    mask = None
-    if bounded or length and T > 1:
-        seen = torch.arange(length + T, device=ids.device)
-        mask = ((seen <= index[..., None]) & (seen >= (index - positions)[..., None]))[:, None]
-    absent = (positions < torch.arange(config.back, -1, -1, device=ids.device)[:, None, None])[..., None] if config.back else None
-    if cache is None:
-        return Place(rotary_angles(positions, config.d_model // config.n_head, config.rope_base, dtype), mask, absent)
-    cache.start, cache.bounded = start.amax(1, keepdim=True), bounded  # the last one; a slice of it would be compiled for by itself
-    return Place(cache.angles[positions], mask, absent)
-
-
-def rotary_angles(positions, head_dim, base, dtype):
-    """cos and sin, [..., T, 2, 1, K], of rotary positions (arXiv 2104.09864), half-split; angles in fp32."""
-    frequencies = base ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angles = positions[..., None].float() * frequencies.repeat(2)
-    return torch.stack([angles.cos(), angles.sin()], dim=-2)[..., None, :].to(dtype)
-
-
-def rotate(x, cos, sin):
-    """x [B, T, heads, K]: turn the pair (x_i, x_{i + K/2}) by the angle of its position."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Feed-forward layers
 
 
@@ -242,17 +199,112 @@ class Dense(nn.Module):
         return (F.silu(gate) * up) @ self.w_out
 
 
-class WindowMix(torch.autograd.Function):
-    """What each slot reads of the first matrix's results: sum over the window of weight * (gate and up of that token).
+class SoftMoE(nn.Module):
+    """Soft Mixture of Experts (arXiv 2308.00951, section 2) whose slots read only the past.
 
-    Autograd would find the same gradients, but pad every shifted one by itself, and the compiler then masks each load.
+    l[t, j] = scale * <x_t / |x_t|, phi_j / |phi_j|>                 router logits of token t and slot j
+    w[t, j, k] = softmax over k < W of (l[t - k, j] + b[j, k])       dispatch: how slot j weighs the last W tokens
+    z[t, j] = sum over k of w[t, j, k] x[t - k]                      what slot j reads at position t
+    y_t     = E sum over j of softmax_j(l[t])_j f_e(j)(z[t, j])      combine: the experts' outputs, weighed
+
+    Experts are swiglu: f(z) = C (silu(A z) * (B z)), or swiglu2: u = silu(A z) * (B z), f = silu(C u) * (D u).
+    dispatch = "token" is W = 1. router = "linear" is l[t, j] = <x_t, phi_j>. causal_moe_definition() is these formulas
+    as they stand; forward() is the fused form: A and B are linear, so they are applied to x once, before the window.
     """
+
+    def __init__(self, config):
+        super().__init__()
+        E, P, h, D = config.n_expert, config.slots_per_expert, config.expert_width, config.d_model
+        self.router, self.n_expert, self.window = config.router, E, config.look_back + 1
+        self.phi = nn.Parameter(torch.empty(D, E * P))
+        if config.router == "cosine":
+            self.scale = nn.Parameter(torch.empty(1))
+        if self.window > 1:
+            self.recency = nn.Parameter(torch.empty(E * P, config.window))  # b
+        self.w_in = nn.Parameter(torch.empty(E, 2, h, D))  # A, B
+        self.w_out = nn.Parameter(torch.empty(E, h, D) if config.expert == "swiglu" else torch.empty(2, E, h, D))
+
+    def forward(self, x, place, cache=None, layer=0):
+        """x [B, T, D], RMS-normed -> [B, T, D]."""
+        look_back, T = self.window - 1, x.shape[1]
+        logits, u = self.router_logits(x), F.linear(x, self.w_in.flatten(0, 2))
+        if look_back and cache is None:  # the first windows need something to read with weight 0
+            logits, u = (F.pad(a, (0, 0, look_back, 0)) for a in (logits, u))
+        elif look_back:
+            logits, u = (torch.cat(pair, dim=1) for pair in zip(cache.recent[layer], (logits, u)))
+            cache.recent[layer] = [a[:, T:].clone() for a in (logits, u)]
+        u = u.unflatten(-1, (self.n_expert, 1, 2, -1))  # [B, W - 1 + T, E, 1, 2, h]
+        combine = (logits[:, look_back:].softmax(-1) * self.n_expert).to(u.dtype)
+        combine = combine.unflatten(-1, (self.n_expert, -1, 1))  # [B, T, E, P, 1]
+        weights = self.window_weights(logits, place.absent, u.dtype) if look_back else None  # [W, B, T, E, P]
+        if self.w_out.ndim == 3 and torch.is_grad_enabled():  # keep only u for backward: the rest is cheap to redo
+            return recompute(self.experts, u, weights, combine, use_reentrant=False, preserve_rng_state=False)
+        return self.experts(u, weights, combine)
+
+    def router_logits(self, x):
+        """[B, T, D] -> [B, T, S], in fp32 at least."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            phi = self.phi.to(x.dtype)
+            if self.router == "linear":
+                return x @ phi
+            lengths = x.norm(dim=-1, keepdim=True) * phi.norm(dim=0)
+            return x @ phi * self.scale.to(x.dtype) / lengths.clamp(min=1e-12)
+
+    def window_weights(self, logits, absent, dtype):
+        """w, the oldest token of a window first: logits [B, W - 1 + T, S], absent [W, B, T, 1] -> [W, B, T, E, P]."""
+        T = absent.shape[2]
+        # stack, not unfold: the compiled backward of unfold adds with atomics, in any order.
+        scores = torch.stack([logits[:, k : k + T] for k in range(self.window)])
+        scores = (scores + self.recency.T.flip(0)[:, None, None]).masked_fill(absent, -torch.inf)
+        return scores.softmax(0).to(dtype).unflatten(3, (self.n_expert, -1))
+
+    def experts(self, u, weights, combine):
+        """A x and B x of all tokens, mixed over the window, through the rest of the experts, combined -> [B, T, D]."""
+        if weights is None:  # all slots of an expert read the same: P is 1 here
+            gate, up = u.unbind(-2)
+        elif torch.is_grad_enabled():
+            gate, up = WindowMix.apply(u, weights)
+        else:
+            gate, up = window_mix(u, weights[..., None, None]).unbind(-2)
+        hidden = F.silu(gate) * up  # [B, T, E, P, h]
+        if self.w_out.ndim == 3:  # C is linear, so the sum over slots goes before it
+            return (hidden * combine).sum(3).flatten(2) @ self.w_out.flatten(0, 1)
+        gate, down = (torch.einsum("btesh,ehd->btesd", hidden, w) for w in self.w_out)
+        return (F.silu(gate) * down * combine).sum((2, 3))
+
+    def expert(self, e, z):
+        """Expert e of z [..., D] -> [..., D], as the formula has it."""
+        gate, up = (z @ w.T for w in self.w_in[e])
+        hidden = F.silu(gate) * up
+        if self.w_out.ndim == 3:
+            return hidden @ self.w_out[e]
+        gate, down = (hidden @ w for w in self.w_out[:, e])
+        return F.silu(gate) * down
+
+
+def causal_moe_definition(ffn, x):
+    """What a SoftMoE computes, in loops: x [T, D], one text -> [T, D]. Tests hold the fused form to it."""
+    E, S, y = ffn.n_expert, ffn.phi.shape[1], []
+    logits = ffn.router_logits(x[None])[0]  # [T, S]
+    recency = ffn.recency.T if ffn.window > 1 else x.new_zeros(1, S)  # [W, S]
+    for t in range(len(x)):
+        past = range(t, max(-1, t - ffn.window), -1)  # this token, the one before it, ...
+        w = torch.stack([logits[s] + recency[t - s] for s in past]).softmax(0)  # [min(W, t + 1), S]
+        z = w.T @ torch.stack([x[s] for s in past])  # [S, D]
+        y.append(E * sum(share * ffn.expert(j * E // S, z[j]) for j, share in enumerate(logits[t].softmax(0))))
+    return torch.stack(y)
+
+
+class WindowMix(torch.autograd.Function):
+    """window_mix() of gate and up. Autograd would pad each shifted gradient, and the compiler then mask each load."""
 
     @staticmethod
     def forward(ctx, u, weights):
-        """u [B, W - 1 + T, E, 1, 2, h], weights [W, B, T, E, P], the oldest token first -> gate, up, [B, T, E, P, h] each."""
+        """u [B, W - 1 + T, E, 1, 2, h], weights [W, B, T, E, P], the oldest token first -> gate, up [B, T, E, P, h]."""
         ctx.save_for_backward(u, weights)
-        return tuple(window_mix(part, weights[..., None]) for part in u.unbind(-2))  # apart, or the compiler would keep both
+        # One after the other: mixed together, the compiler would keep both for backward.
+        return tuple(window_mix(part, weights[..., None]) for part in u.unbind(-2))
 
     @staticmethod
     def backward(ctx, *d):
@@ -260,160 +312,53 @@ class WindowMix(torch.autograd.Function):
         W, _, T, *_ = weights.shape
         d = torch.stack(d, dim=-2)
         d_weights = torch.stack([(d * u[:, k : k + T]).sum((-2, -1)) for k in range(W)])
-        # What a token gave to the last place of a window, it gave to the place before in the window one later, and so on.
+        # Token t was the last of window t, the one before last of window t + 1, and so on: again a mix over a window.
         d = F.pad(d, (0, 0) * 4 + (W - 1, W - 1))
         weights = F.pad(weights, (0, 0) * 2 + (W - 1, W - 1))[..., None, None]
-        d_u = window_mix(d, torch.stack([weights[k, :, W - 1 - k : T + 2 * (W - 1) - k] for k in reversed(range(W))]))
-        return d_u.sum(3, keepdim=True), d_weights
+        shifted = [weights[k, :, W - 1 - k : T + 2 * (W - 1) - k] for k in reversed(range(W))]
+        return window_mix(d, torch.stack(shifted)).sum(3, keepdim=True), d_weights
 
 
 def window_mix(u, weights):
-    """WindowMix, for where there is no gradient; weights [W, B, T, ...] of as many dimensions as u."""
+    """Sum over the window of weight * u: u [B, W - 1 + T, ...], weights [W, B, T, ...] -> [B, T, ...]."""
     T = weights.shape[2]
-    first, *others = weights.unbind(0)
-    mixed = first * u[:, :T]
-    for k, weight in enumerate(others, 1):
-        mixed = torch.addcmul(mixed, weight, u[:, k : k + T])
+    mixed = weights[0] * u[:, :T]
+    for k in range(1, len(weights)):
+        mixed = torch.addcmul(mixed, weights[k], u[:, k : k + T])
     return mixed
 
 
-class SoftMoE(nn.Module):
-    """Soft Mixture of Experts (arXiv 2308.00951, section 2) whose slots read only the past.
-
-    l[t, j] = scale * <x_t / |x_t|, phi_j / |phi_j|>                  router logits of token t and slot j
-    w[t, j] = softmax over k < W of (l[t - k, j] + b[j, k])           dispatch: how slot j weighs the last W tokens
-    z[t, j] = sum over k of w[t, j, k] * x[t - k]                     what slot j reads at position t
-    y_t     = E * sum over j of softmax_j(l[t])_j * expert(j)(z[t, j])
-
-    The first layer of an expert is linear, so it is applied to x once, and the window is mixed behind it: the same
-    function, and no x is ever mixed. dispatch = "token" is W = 1. dispatch = "sequence" is the layer as
-    published and as Steel-LLM (arXiv 2502.06635) released it: w is a softmax over all tokens, later ones included,
-    the experts get x / |x|, and there is no factor E. router = "linear" is l[t, j] = <x_t, phi_j>.
-
-    Experts are swiglu: silu(A x) * (B x) times C; or swiglu2: u = silu(A x) * (B x), then silu(C u) * (D u).
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        E, P, h, D = config.n_expert, config.slots_per_expert, config.expert_width, config.d_model
-        self.dispatch, self.router, self.n_expert = config.dispatch, config.router, E
-        self.window = config.window if config.dispatch == "causal" else 1
-        self.phi = nn.Parameter(torch.empty(D, E * P))
-        if config.router == "cosine":
-            self.scale = nn.Parameter(torch.empty(1))
-        if self.window > 1:
-            self.recency = nn.Parameter(torch.empty(E * P, config.window))  # b
-        self.w_in = nn.Parameter(torch.empty(E, 2, h, D))
-        self.w_out = nn.Parameter(torch.empty(E, h, D) if config.expert == "swiglu" else torch.empty(2, E, h, D))
+class SequenceSoftMoE(SoftMoE):
+    """The layer as published, and as Steel-LLM (arXiv 2502.06635) released it: w is a softmax over all tokens, later
+    ones included, so that in a decoder it leaks. The experts get x / |x|, and there is no factor E."""
 
     def forward(self, x, place, cache=None, layer=0):
-        """x [B, T, D], RMS-normed -> [B, T, D]."""
-        if self.dispatch == "sequence":
-            return self.published(x)
-        B, T, D = x.shape
-        back, absent = self.window - 1, place.absent
-        if cache is None:  # all texts in one row: nothing reads back beyond the first token, what lies there has weight 0
-            x = x.reshape(1, B * T, D)
-            absent = absent.expand(-1, B, T, 1).reshape(-1, 1, B * T, 1) if back else None
-        logits, u = self.router_logits(x), F.linear(x, self.w_in.flatten(0, 2))
-        if back and cache is None:  # the first tokens need something to read with weight 0
-            logits, u = (F.pad(a, (0, 0, back, 0)) for a in (logits, u))
-        elif back:
-            logits, u = (torch.cat(pair, dim=1) for pair in zip(cache.recent[layer], (logits, u)))
-            cache.recent[layer] = [a[:, T:].clone() for a in (logits, u)]
-        combine = logits[:, back:].softmax(-1) * self.n_expert
-        u = u.unflatten(-1, (self.n_expert, 1, 2, -1))  # [B, back + T, E, 1, 2, h], or B T in one row
-        combine = combine.to(u.dtype).unflatten(-1, (self.n_expert, -1, 1))  # [B, T, E, P, 1]
-        weights = self.window_weights(logits, absent).to(u.dtype).unflatten(3, (self.n_expert, -1)) if back else None  # [W, B, T, E, P]
-        if self.w_out.ndim == 4:
-            y = self.swiglu2(u, weights, combine)
-        elif torch.is_grad_enabled():  # of all this only u is kept for backward: the rest is wide, and cheap to make again
-            y = recomputed(self.swiglu, u, weights, combine, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y = self.swiglu(u, weights, combine)
-        return y.view(B, T, D)
-
-    def router_logits(self, x):
-        """[B, T, D] -> [B, T, S], in fp32 at least."""
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-            if self.router == "linear":
-                return x @ self.phi.to(x.dtype)
-            phi = self.phi.to(x.dtype)
-            lengths = x.norm(dim=-1, keepdim=True) * phi.norm(dim=0)
-            return x @ phi * self.scale.to(x.dtype) / lengths.clamp(min=1e-12)
-
-    def window_weights(self, logits, absent):
-        """w, the oldest token of a window first: logits [B, W - 1 + T, S], absent [W, B or 1, T, 1] -> [W, B, T, S]."""
-        T = absent.shape[2]
-        scores = torch.stack([logits[:, k : k + T] for k in range(self.window)])  # unfold's compiled backward would add in any order
-        return (scores + self.recency.T.flip(0)[:, None, None]).masked_fill(absent, -torch.inf).softmax(0)
-
-    def hidden(self, u, weights):
-        """-> what the slots hold behind the first layer, [B, T, E, P, h]; P is 1 where all slots of an expert read the same."""
-        if weights is not None and torch.is_grad_enabled():
-            gate, up = WindowMix.apply(u, weights)
-        else:
-            gate, up = (u if weights is None else window_mix(u, weights[..., None, None])).unbind(-2)
-        return F.silu(gate) * up
-
-    def swiglu(self, u, weights, combine):
-        """The last layer is linear, so the sum over slots goes before it."""
-        hidden = (self.hidden(u, weights) * combine).sum(3)
-        return hidden.flatten(2) @ self.w_out.flatten(0, 1)
-
-    def swiglu2(self, u, weights, combine):
-        hidden = self.hidden(u, weights)
-        B, T, E, P, h = hidden.shape
-        hidden = hidden.permute(2, 0, 1, 3, 4).reshape(E, B * T * P, h)
-        gate, down = (torch.bmm(hidden, w).view(E, B, T, P, -1) for w in self.w_out)
-        return (F.silu(gate) * down * combine.permute(2, 0, 1, 3, 4)).sum((0, 3))
-
-    def published(self, x):
-        """dispatch = "sequence"."""
         logits = self.router_logits(x)  # [B, T, S]
         slots = logits.softmax(1).to(x.dtype).transpose(1, 2) @ F.normalize(x, dim=-1)  # [B, S, D]
-        u = torch.einsum("bepd,efd->bepf", slots.unflatten(1, (self.n_expert, -1)), self.w_in.flatten(1, 2))
-        gate, up = u.chunk(2, dim=-1)
-        hidden = F.silu(gate) * up  # [B, E, P, h]
-        if self.w_out.ndim == 3:
-            y = torch.einsum("beph,ehd->bepd", hidden, self.w_out)
-        else:
-            gate, down = (torch.einsum("beph,ehd->bepd", hidden, w) for w in self.w_out)
-            y = F.silu(gate) * down
-        return logits.softmax(2).to(x.dtype) @ y.flatten(1, 2)
+        y = torch.cat([self.expert(e, z) for e, z in enumerate(slots.chunk(self.n_expert, dim=1))], dim=1)  # [B, S, D]
+        return logits.softmax(2).to(x.dtype) @ y
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Loss
+# ----------------------------------------------------------------------------------------------------------------------
+# Loss and decoder
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy from hidden states, in chunks of tokens, so that [N, V] logits never exist.
-
-    The gradients are made in forward, while a chunk's logits are there; backward only scales them.
-    """
+    """Cross-entropy from hidden states in chunks of tokens, so that logits [N, V] never exist. The gradients are
+    computed in forward, while a chunk's logits are there; backward only scales them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk, with_gradients):
+    def forward(ctx, hidden, weight, targets, chunk, softmax_gradient, with_gradients):
         """hidden [N, D], weight [V, D], targets [N] (-1: not counted) -> sum of nats, fp32 at least."""
         cast_weight = weight.to(hidden.dtype)
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         if with_gradients:
             d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
             ctx.save_for_backward(d_hidden, d_weight)
-        for start in range(0, len(hidden), chunk):
-            rows, goal = hidden[start : start + chunk], targets[start : start + chunk]
-            counted, index = (goal >= 0)[:, None], goal.clamp(min=0)[:, None]
-            logits = (rows @ cast_weight.T).to(total.dtype)
-            logits -= logits.amax(-1, keepdim=True)
-            picked = logits.gather(1, index)
-            p = logits.exp_()  # all in place: what is as large as the logits is made once
-            norm = p.sum(-1, keepdim=True)
-            total += ((norm.log() - picked) * counted).sum()
-            if with_gradients:  # d loss / d logits = softmax - one-hot
-                p *= counted / norm
-                d_logits = p.scatter_add_(1, index, -counted.to(p.dtype)).to(rows.dtype)
+        for rows, goal, start in zip(hidden.split(chunk), targets.split(chunk), range(0, len(hidden), chunk)):
+            nats, d_logits = softmax_gradient(rows @ cast_weight.T, goal, total.dtype, with_gradients)
+            total += nats
+            if with_gradients:
                 torch.mm(d_logits, cast_weight, out=d_hidden[start : start + chunk])
                 d_weight += (d_logits.T @ rows).to(weight.dtype)
         return total
@@ -421,42 +366,49 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_total):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_total.to(d_hidden.dtype), d_weight * d_total.to(d_weight.dtype), None, None, None
+        return d_hidden * d_total.to(d_hidden.dtype), d_weight * d_total.to(d_weight.dtype), None, None, None, None
 
 
-def cross_entropy(hidden, weight, targets, chunk=1024):
-    """Mean nats per counted target; hidden [..., D], weight [V, D], targets [...] with -1 for not counted."""
+def softmax_gradient(logits, targets, dtype, with_gradient):
+    """logits [n, V], targets [n] -> sum of nats, and its gradient by the logits: softmax - one-hot [n, V], or None."""
+    counted, index = (targets >= 0)[:, None], targets.clamp(min=0)[:, None]
+    out_dtype, logits = logits.dtype, logits.to(dtype)
+    logits -= logits.amax(-1, keepdim=True)
+    picked = logits.gather(1, index)
+    p = logits.exp_()  # in place: a tensor of this size is made once
+    norm = p.sum(-1, keepdim=True)
+    nats = ((norm.log() - picked) * counted).sum()
+    if not with_gradient:
+        return nats, None
+    p *= counted / norm
+    return nats, p.scatter_add_(1, index, -counted.to(p.dtype)).to(out_dtype)
+
+
+def cross_entropy(hidden, weight, targets, reduction="mean", chunk=None, softmax_gradient=softmax_gradient):
+    """Nats of the targets: hidden [..., D], weight [V, D], targets [...] (-1: not counted) -> their mean or "sum"."""
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
+    chunk = chunk or (8192 if device == "cuda" else 1024)  # tokens
     with torch.autocast(device, enabled=False):
-        total = ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, torch.is_grad_enabled())
-    return total / (targets >= 0).sum().clamp(min=1)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Decoder
-
-
-class RMSNorm(nn.RMSNorm):
-    def forward(self, x):  # of a block that FSDP puts together in bf16, the weight is: torch has no fast path for two dtypes
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        total = ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, softmax_gradient, torch.is_grad_enabled())
+    return total if reduction == "sum" else total / (targets >= 0).sum().clamp(min=1)
 
 
 class Block(nn.Module):
-    recompute = False  # whether to keep only x for backward, and make all else again there
+    recompute = False  # whether to keep only x for backward (activation checkpointing)
 
     def __init__(self, config):
         super().__init__()
-        self.attention_norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.attention = Attention(config)
-        self.ffn_norm = RMSNorm(config.d_model, eps=config.norm_eps)
-        self.ffn = SoftMoE(config) if config.ffn == "soft_moe" else Dense(config)
+        self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.ffn = (Dense if config.ffn == "dense" else SequenceSoftMoE if config.reads_ahead else SoftMoE)(config)
 
     def forward(self, x, place, cache, layer):
         if self.recompute and torch.is_grad_enabled():
-            return recomputed(self.run, x, place, cache, layer, use_reentrant=False, preserve_rng_state=False)
+            return recompute(self.run, x, place, cache, layer, use_reentrant=False, preserve_rng_state=False)
         return self.run(x, place, cache, layer)
 
     def run(self, x, place, cache, layer):
@@ -467,54 +419,49 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.has_cache = config, not config.reads_ahead
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         if not config.tie_embeddings:
             self.head = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.softmax_gradient = softmax_gradient
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
         """Every parameter, by name. The last matrix of each residual branch is zero: a block starts as the identity."""
+        std = self.config.d_model**-0.5
+        phi_std = std if self.config.router == "cosine" else std**2  # logits of the same size
+        stds = {"embedding": 0.02, "head": 0.02, "qkv": std, "w_in": std, "phi": phi_std}
         for name, p in self.named_parameters():
             leaf = name.rpartition(".")[2]
-            if name.endswith("norm.weight"):
+            if leaf in ("weight", "scale"):  # of norms; scale 1 makes a near-uniform combine, as in the dense layer
                 nn.init.ones_(p)
-            elif leaf in ("embedding", "head"):
-                nn.init.normal_(p, std=0.02)
-            elif leaf == "phi" and self.config.router == "linear":
-                nn.init.normal_(p, std=1 / self.config.d_model)  # logits as small as the cosine's
-            elif leaf in ("qkv", "w_in", "phi"):
-                nn.init.normal_(p, std=self.config.d_model**-0.5)
-            elif leaf in ("qkv_bias", "out"):
+            elif leaf in ("qkv_bias", "out", "w_out", "recency"):
                 nn.init.zeros_(p)
-            elif leaf == "w_out":
-                nn.init.zeros_(p)
-                if p.ndim == 4:  # swiglu2 multiplies two of them: one must not be zero, or neither gets a gradient
-                    nn.init.normal_(p[0], std=p.shape[-2] ** -0.5)
-            elif leaf == "scale":
-                nn.init.ones_(p)  # near-uniform combine: the layer starts out as the dense one
-            elif leaf == "recency":
-                nn.init.zeros_(p)
-                p[:, 0] = 2.0  # a slot starts out reading mostly its own token
-            else:
-                raise ValueError(f"no initialisation for parameter {name}")
+            else:  # KeyError: a new parameter needs an initialisation
+                nn.init.normal_(p, std=stds[leaf])
+            if leaf == "w_out" and p.ndim == 4:  # swiglu2 multiplies two of them: were both zero, neither would learn
+                nn.init.normal_(p[0], std=p.shape[-2] ** -0.5)
+            if leaf == "recency":  # a slot starts out reading mostly its own token
+                p[:, 0] = 2.0
 
-    def forward(self, ids, targets=None, cache=None):
-        """ids [B, T] -> logits [B, T, V]; with targets [B, T] (-1: not counted) -> mean nats per counted target.
+    def forward(self, ids, targets=None, cache=None, reduction="mean"):
+        """ids [B, T] -> logits [B, T, V]; with targets [B, T] (-1: not counted) -> nats, mean or "sum".
 
-        With a cache, ids continue what it holds. A batch of unequal prompts is padded on the left with -1.
+        With a cache, ids continue what it holds; prompts of unequal length are padded on the left with -1.
         """
-        hidden = self.hidden(ids, cache)
-        return F.linear(hidden, self.head_weight) if targets is None else cross_entropy(hidden, self.head_weight, targets)
+        hidden = self.hidden_states(ids, cache)
+        if targets is None:
+            return F.linear(hidden, self.head_weight)
+        return cross_entropy(hidden, self.head_weight, targets, reduction, softmax_gradient=self.softmax_gradient)
 
-    def hidden(self, ids, cache=None):
+    def hidden_states(self, ids, cache=None):
         """ids [B, T] -> normed states of the last layer [B, T, D]."""
         if cache is not None:
             if not self.has_cache:
-                raise ValueError('dispatch = "sequence" reads the whole text everywhere: it cannot be decoded with a cache')
+                raise ValueError('dispatch = "sequence" reads the whole text everywhere: it has no cache')
             if cache.length + ids.shape[1] > cache.max_len:
                 raise ValueError(f"the cache holds {cache.max_len} positions, {cache.length + ids.shape[1]} are needed")
         x = F.embedding(ids.clamp(min=0), self.embedding)
@@ -527,21 +474,13 @@ class Decoder(nn.Module):
 
     def next_logits(self, ids, cache=None):
         """Logits of the token behind ids, [B, T] -> [B, V]."""
-        return F.linear(self.hidden(ids, cache)[:, -1], self.head_weight)
+        return F.linear(self.hidden_states(ids, cache)[:, -1], self.head_weight)
 
-    def step(self, ids, cache):
-        """next_logits() of one more token, [B, 1] -> [B, V]; apart, to be compiled: a prompt, of any length, stays eager."""
-        return self.next_logits(ids, cache)
+    step = next_logits  # for the tokens after the prompt: what compile_step() compiles
 
     def compile_step(self):
-        """Make step() compiled: at its first calls, code for one length and then for all; one text, several, and padded ones have their own.
-
-        Whether the model's attributes are still the same is not checked at every call, which takes a tenth of it: change none of
-        them, and copy no compiled model, as the copy would run this one's weights.
-        """
-        # The sizes that a kernel checks again are those that a call has checked: 5 %
-        options = {"size_asserts": False, "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        self.step = torch.compile(self.step, isolate_recompiles=True, options=options)  # isolated: another model's code is not for this one
+        """Compile step(): code for the first length, then for every length; a padded batch has code of its own."""
+        self.step = torch.compile(self.next_logits)
 
     def new_cache(self, batch, max_len):
         return Cache(self.config, batch, max_len, self.embedding.device, self.embedding.dtype)
@@ -550,51 +489,10 @@ class Decoder(nn.Module):
     def head_weight(self):
         return self.embedding if self.config.tie_embeddings else self.head
 
-    @property
-    def has_cache(self):
-        return not self.config.reads_ahead
-
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T):
-        """Forward and backward, per token of a text of T tokens: 6 per weight that multiplies, causal attention at half."""
+        """Forward and backward, per token of a text of T tokens: 6 a weight that multiplies, attention at half."""
         weights = self.n_params() - (0 if self.config.tie_embeddings else self.embedding.numel())
         return 6 * weights + 6 * self.config.n_layer * self.config.d_model * T
-
-    @classmethod
-    def load(cls, path):
-        """The model of a checkpoint directory, of a run directory's newest one, or of a Hugging Face folder (config.json and
-        *.safetensors), on the CPU in fp32; .checkpoint is its path."""
-        if Path(path, "config.json").exists():
-            import weights
-
-            return weights.load(path)
-        path = newest_checkpoint(path)
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        model = cls(Config(**state["config"]))
-        model.load_state_dict(read_tensors(path / "model.pt"))
-        model.checkpoint = path
-        return model
-
-
-def choose_device(name):
-    """--device: auto is the best there is; one that is not there is refused."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return next(device for device, available in there.items() if available)
-    if not there[name]:
-        raise SystemExit(f"--device {name}: there is none here; expected one of {', '.join(d for d in there if there[d])}")
-    return name
-
-
-def can_compile(device):
-    """On a CPU torch.compile needs a C++ compiler and Python's headers."""
-    headers = Path(sysconfig.get_paths()["include"], "Python.h")
-    return device == "cuda" or device == "cpu" and bool(shutil.which(os.environ.get("CXX", "g++"))) and headers.exists()
-
-
-if __name__ == "__main__":
-    from weights import main
-
-    main()
