@@ -23,6 +23,7 @@ import torch
 
 from common import lock_file
 from model import Config, Decoder
+from optim import MAX_SKIPPED, WINDOW, is_bad
 from parallel import gather_state
 from tokenizer import load_tokenizer
 
@@ -119,6 +120,74 @@ def read_tensors(path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# State of a run
+
+
+@dataclass
+class State:
+    """Where a run is. What the device computes stays there until read() or check(), so that no step waits for it."""
+
+    phases: list  # [[samples of the data, samples served], ...]: the place in the data, see data.py
+    recent: torch.Tensor  # [WINDOW]: losses of the last good steps, NaN where there are none yet
+    skipped: torch.Tensor  # bad steps so far
+    in_a_row: torch.Tensor  # bad steps since the last good one
+    worst: torch.Tensor  # the most bad steps in a row since the last check()
+    step: int = 0
+    seconds: float = 0.0  # spent on steps
+    evaluated: int = 0  # the last step that was scored on held-out text; kept in the log, not in state.json
+
+    @classmethod
+    def create(cls, device, phases, recent=(), skipped=0, in_a_row=0, **plain):
+        """From what read() gave."""
+        recent = torch.tensor([math.nan] * (WINDOW - len(recent)) + list(recent), device=device)
+        counts = [torch.tensor(count, device=device) for count in (skipped, in_a_row, in_a_row)]
+        return cls(phases, recent, *counts, **plain)
+
+    def read(self):
+        """The run's part of state.json."""
+        recent = self.recent[~self.recent.isnan()].tolist()
+        counts = {"skipped": self.skipped.item(), "in_a_row": self.in_a_row.item()}
+        return {"step": self.step, "phases": self.phases, "seconds": self.seconds, **counts, "recent": recent}
+
+    def judge(self, loss, norm, count):
+        """Whether to skip this step, a bool tensor: it is bad, or it has no targets (questions without answers)."""
+        empty = count == 0
+        bad = is_bad(loss, norm, self.recent) & ~empty
+        self.recent = torch.where(bad | empty, self.recent, torch.cat([self.recent[1:], loss[None]]))
+        self.skipped = self.skipped + bad
+        self.in_a_row = torch.where(empty, self.in_a_row, (self.in_a_row + 1) * bad)
+        self.worst = torch.maximum(self.worst, self.in_a_row)
+        return bad | empty
+
+    def check(self, run):
+        """ValueError where MAX_SKIPPED steps in a row were bad: the run ends."""
+        if self.worst.item() >= MAX_SKIPPED:
+            good = (sorted(run.glob("step-*"))[-1:] or ["none"])[0]
+            raise ValueError(
+                f"{MAX_SKIPPED} steps in a row had a loss or a gradient that cannot be right: the run ends at step "
+                f"{self.step}. The last good checkpoint is {good}: go on from there with a smaller --lr, or look at "
+                "the data"
+            )
+        self.worst = self.in_a_row
+
+    def advance(self, samples):
+        self.step += 1
+        self.phases[-1][1] += samples
+
+    @property
+    def samples(self):
+        """Served since the beginning of the run."""
+        return sum(served for _, served in self.phases)
+
+    def progress(self, args):
+        """The share of the run that is done, by steps or by time."""
+        return min(1.0, self.step / args.steps if args.steps else self.seconds / (60 * args.minutes))
+
+    def due(self, every):
+        return every > 0 and self.step % every == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Saving
 
 VERSION = 2  # of state.json
@@ -127,11 +196,11 @@ VERSION = 2  # of state.json
 class Saver:
     """Writes checkpoints in a thread of rank 0, while training goes on."""
 
-    def __init__(self, run, tokenizer, log, ranks, keep, keep_every):
+    def __init__(self, run, tokenizer, log, ranks, keep, keep_every, last=None):
         """log: the run's Log, on rank 0. keep: how many newest steps stay, beside the multiples of keep_every."""
         self.run, self.tokenizer, self.log, self.ranks = run, tokenizer, log, ranks
         self.keep, self.keep_every = keep, keep_every
-        self.thread, self.whole, self.last = None, True, None  # last: the step saved or loaded last
+        self.thread, self.whole, self.last = None, True, last  # last: the step that was saved or loaded last
 
     def save(self, model, optimizers, state):
         """Copy all tensors to rank 0's memory, all ranks taking part, and start to write them. state: JSON values."""

@@ -1,8 +1,11 @@
 """What every stage needs: whole files or none, hashes, locks, the device, and how a command ends."""
 
 import contextlib
+import ctypes
 import hashlib
+import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -42,7 +45,7 @@ def read_text(path):
 
 
 def lock_file(file, wait=0.0):
-    """Lock an open file for this process until it is closed; False if another has it and keeps it for `wait` seconds."""
+    """Lock an open file for this process until it is closed; False if another process keeps it for `wait` seconds."""
     with contextlib.suppress(ImportError):
         import fcntl  # not on Windows, where nothing is locked
 
@@ -59,7 +62,7 @@ def lock_file(file, wait=0.0):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The device. torch is imported here and not above, as prepare.py and `--help` do without it
+# The machine. torch is imported here and not above, as prepare.py and `--help` do without it
 
 
 def choose_device(name):
@@ -80,6 +83,34 @@ def can_compile(device):
     headers = Path(sysconfig.get_paths()["include"], "Python.h")
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     return device == "cuda" or device == "cpu" and bool(compiler) and headers.exists()
+
+
+def keep_large_buffers():
+    """Tell glibc not to give large buffers back to the kernel after every use: a fifth of a CPU step is page faults."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no mmap for large blocks
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep what is freed
+
+
+# Dense bf16 peaks, FLOP/s, from the data sheets. The longer name first: an H200 is no H20.
+PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "H20": 148e12, "A100": 312e12}
+PEAKS |= {"A800": 312e12, "L40S": 362e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12, "B200": 2250e12}
+
+
+def peak_flops(device):
+    """FLOP/s that a matmul reaches on this CPU (measured), the bf16 peak of a known GPU, else None."""
+    import torch
+
+    if device == "cpu":
+        a, best = torch.randn(1024, 1024), math.inf
+        for _ in range(20):
+            start = time.perf_counter()
+            a @ a
+            best = min(best, time.perf_counter() - start)
+        return 2 * 1024**3 / best
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    return next((flops for part, flops in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -154,6 +154,15 @@ class TokenData:
         k, positions = self._locate(i)
         return None if self.masks[k] is None else self.masks[k][positions][1:]
 
+    def shard_hashes(self):
+        """[name, sha256 of its files] of each shard, in the order in which samples are numbered."""
+        return [[shard["name"], shard["sha256"]] for shard in self.shards]
+
+    def mostly_chat(self):
+        """Whether more than half of the tokens are conversations."""
+        in_chats = sum(shard["tokens"] for shard in self.shards if "mask" in shard["sha256"])
+        return 2 * in_chats > sum(shard["tokens"] for shard in self.shards)
+
     def _locate(self, i):
         """The shard of sample i, and its slice there."""
         if not 0 <= i < len(self):
@@ -251,7 +260,7 @@ def batch_at(data, phases, seed, first, count):
     return tuple(torch.from_numpy(np.stack(rows)) for rows in zip(*pairs))
 
 
-def batches(data, phases, seed, rank, world, n_micro, micro_batch, device="cpu"):
+def batches(data, phases, seed, ranks, n_micro, micro_batch, device="cpu"):
     """Yield for each step to come this rank's n_micro micro-batches, pairs of inputs and targets, [micro_batch, T].
 
     A thread reads the next step's while this one's are in use; for CUDA into pinned memory, so that the copy to the
@@ -267,12 +276,12 @@ def batches(data, phases, seed, rank, world, n_micro, micro_batch, device="cpu")
             torch.cuda.set_device(device_index)
 
     def read(first):
-        own = range(first + rank * n_micro * micro_batch, first + (rank + 1) * n_micro * micro_batch, micro_batch)
-        pairs = [batch_at(data, phases, seed, at, micro_batch) for at in own]
+        first += ranks.rank * n_micro * micro_batch  # rank r takes the r-th equal part of a step
+        pairs = [batch_at(data, phases, seed, first + i * micro_batch, micro_batch) for i in range(n_micro)]
         return [tuple(a.pin_memory() for a in pair) for pair in pairs] if pinned else pairs
 
     with concurrent.futures.ThreadPoolExecutor(1, initializer=start) as thread:
-        step_samples, coming = world * n_micro * micro_batch, None
+        step_samples, coming = ranks.world * n_micro * micro_batch, None
         for first in itertools.count(phases[-1][1], step_samples):
             ready, coming = coming, thread.submit(read, first)
             if ready:

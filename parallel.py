@@ -9,10 +9,14 @@ What ranks agree on are CPU tensors, summed by gloo: a GPU is never waited for.
 import hashlib
 import os
 import platform
+import signal
+import sys
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from common import exit_code
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The processes
@@ -69,6 +73,51 @@ def start_ranks(device):
     if ranks.world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     return ranks
+
+
+class Stop:
+    """SIGINT and SIGTERM: finish the step, save, exit. While torch compiles there is nothing to save: exit at once."""
+
+    def __init__(self, run, compiling, ranks):
+        self.run, self.compiling, self.ranks = run, compiling, ranks
+        self.asked, self.by_all = False, False  # asked: this process; by_all: what all ranks have agreed on
+        signal.signal(signal.SIGINT, self)
+        signal.signal(signal.SIGTERM, self)
+
+    def __call__(self, signum, frame):
+        self.asked = True
+        if self.compiling:
+            self.ranks.say(f"stopped before a first step; python train.py --resume --out {self.run} goes on")
+            os._exit(0)
+
+    def agree(self, seconds=0.0):
+        """Agree on whether any rank was asked to stop (by_all) -> rank 0's seconds, on all ranks."""
+        seconds, asked = self.ranks.sum(seconds if self.ranks.rank == 0 else 0.0, self.asked)
+        self.by_all = asked > 0
+        return seconds
+
+    def now(self):
+        """Whether any rank was asked to stop. All ranks must call it."""
+        self.agree()
+        return self.by_all
+
+
+def run_rank(main):
+    """As common.run_command, for a program that torchrun may have started."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until Stop takes over
+    try:
+        code = exit_code(main)
+    except RuntimeError as error:
+        if not dist.is_initialized() or "gloo" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"rank {os.environ['RANK']}: another process has ended ({reason})", file=sys.stderr)
+        code = 1
+    if dist.is_initialized():  # at an ordinary exit gloo's threads abort now and then
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
