@@ -125,6 +125,9 @@ def exit_code(main, argv=None):
     """
     try:
         return main(argv) or 0
+    except BrokenPipeError:  # the reader of the output, like `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise

@@ -130,8 +130,7 @@ def place_tokens(ids, config, cache, dtype):
         absent = (positions < torch.arange(config.look_back, -1, -1, device=ids.device)[:, None, None])[..., None]
     if cache is not None:  # amax, not [:, -1:]: torch.compile would make code of its own for a strided view
         cache.start, cache.bounded = start.amax(1, keepdim=True), bounded
-    # Rotary positions (arXiv 2104.09864), half-split; the angles in fp32.
-    K = config.d_model // config.n_head
+    K = config.d_model // config.n_head  # rotary positions (arXiv 2104.09864), half-split, with angles in fp32
     frequencies = config.rope_base ** (-torch.arange(0, K, 2, device=ids.device, dtype=torch.float32) / K)
     angles = positions[..., None].float() * frequencies.repeat(2)
     return Place(torch.stack([angles.cos(), angles.sin()], dim=-2)[..., None, :].to(dtype), mask, absent)
@@ -381,6 +380,8 @@ def softmax_gradient(logits, targets, dtype, with_gradient):
     if not with_gradient:
         return nats, None
     p *= counted / norm
+    if p.is_cuda:  # where it is compiled: scatter_add would write p once more, in fp32
+        return nats, (p - (torch.arange(p.shape[1], device=p.device) == index) * counted).to(out_dtype)
     return nats, p.scatter_add_(1, index, -counted.to(p.dtype)).to(out_dtype)
 
 

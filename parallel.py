@@ -68,10 +68,14 @@ def start_ranks(device):
     """Join the process group that torchrun has described in the environment -> Ranks."""
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     ranks = Ranks(*(int(os.environ.get(name, default)) for name, default in names.items()))
+    backend = "gloo"
     if device == "cuda":
-        torch.cuda.set_device(ranks.local_rank)
+        n_gpus = torch.cuda.device_count()
+        torch.cuda.set_device(ranks.local_rank % n_gpus)
+        if ranks.local_world <= n_gpus:  # NCCL refuses two processes on one GPU
+            backend = "cpu:gloo,cuda:nccl"
     if ranks.world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        dist.init_process_group(backend)
     return ranks
 
 

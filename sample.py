@@ -1,13 +1,15 @@
-"""Text from a checkpoint.
+"""Generate text from a checkpoint.
 
-    python sample.py                                          # newest checkpoint: a chat if it was trained on conversations,
-                                                              # else text from the beginning of a document
+    python sample.py                                          # the newest checkpoint: a chat if it was trained on
+                                                              # conversations, else text from the start of a document
     python sample.py out/demo --prompt 却说曹操 --num-samples 3
-    python sample.py --prompt 却说曹操 --prompt 话说天下大势    # several, as one batch
+    python sample.py --prompt 却说曹操 --prompt 话说天下大势    # several prompts, generated as one batch
     echo 却说曹操 | python sample.py --temperature 0           # greedy
     python sample.py --chat --system 你是诗人。                # Ctrl-C ends an answer, Ctrl-D the session
 
-Text streams as it is made, whole characters at a time. Of several texts the second streams when the first is done.
+Text is printed while it is generated, whole characters at a time; of several texts, each one after the one before.
+
+Shapes: B batch, T time, V vocabulary.
 """
 
 import argparse
@@ -17,31 +19,36 @@ import operator
 import signal
 import sys
 import time
+from pathlib import Path
 
-from tokenizer import load_tokenizer, read_text
+from common import can_compile, choose_device, read_text, run_command
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("checkpoint", nargs="?", default="out", metavar="CHECKPOINT", help="a step, a run or a Hugging Face folder (default: the newest run under out)")
-    add("--prompt", dest="prompts", action="append", default=[], metavar="TEXT",
-        help="text to continue, in a chat a question; any number of times (default: standard input, if it is no terminal)")  # fmt: skip
-    add("--file", dest="prompts", action="append", type=read_prompt, metavar="FILE",
-        help="the same from a UTF-8 file, one prompt a file, without its last line break; any number of times")  # fmt: skip
-    add("--chat", action=argparse.BooleanOptionalAction, help="answer, or continue (default: what the model was trained for)")
+    checkpoint_help = "a step, a run or a Hugging Face folder (default: the newest run under out)"
+    prompt_help = "text to continue, in a chat a question; repeatable (default: standard input, if it is no terminal)"
+    file_help = "a prompt from a UTF-8 file, without its last line break; repeatable"
+    compile_help = "compile the step of one token: takes 10 to 20 s at the first text, some 5 s once it is cached"
+    add("checkpoint", nargs="?", default="out", metavar="CHECKPOINT", help=checkpoint_help)
+    add("--prompt", dest="prompts", action="append", default=[], metavar="TEXT", help=prompt_help)
+    add("--file", dest="prompts", action="append", type=Path, metavar="FILE", help=file_help)
+    add("--chat", action=argparse.BooleanOptionalAction, help="answer, or continue (default: as the model was trained)")
     add("--system", metavar="TEXT", help="the system turn of a chat")
     add("--num-samples", type=int, default=1, help="texts for each prompt (default %(default)s)")
     add("--max-new-tokens", type=int, default=200, help="default %(default)s")
     add("--temperature", type=float, default=0.8, help="0: always the likeliest token (default %(default)s)")
     add("--top-k", type=int, default=0, help="only the k likeliest tokens; 0: all (default %(default)s)")
-    add("--top-p", type=float, default=0.95, help="only the smallest set with this probability (default %(default)s)")
-    add("--min-p", type=float, default=0.0, help="only tokens this likely, relative to the likeliest (default %(default)s)")
-    add("--repetition-penalty", type=float, default=1.0, help="above 1: what is in the text becomes less likely (default %(default)s)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; any number of times; $'\\n' is a line break")
-    add("--seed", type=int, default=0, help="the same seed and prompts give the same texts (default %(default)s)")
+    add("--top-p", type=float, default=0.95, help="only the smallest set this probable (default %(default)s)")
+    add("--min-p", type=float, default=0.0, help="only tokens this probable relative to the likeliest (%(default)s)")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1: what the text has is less likely (%(default)s)")
+    add(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable ($'\\n': newline)"
+    )
+    add("--seed", type=int, default=0, help="same seed and prompts: same texts (default %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    add("--compile", action="store_true", help="compile the step of one token: 10 to 20 s at the first text, which its tok/s count, and some 5 s where the cache on disk has it")
+    add("--compile", action="store_true", help=compile_help)
     args = parser.parse_args(argv)
     for name, ok, expected in (
         ("num_samples", args.num_samples >= 1, "1 or more"),
@@ -59,24 +66,19 @@ def get_args(argv=None):
     return args
 
 
-def read_prompt(path):
-    return read_text(path).removesuffix("\n").removesuffix("\r")
-
-
 if __name__ == "__main__":
-    given = get_args()  # a wrong flag, or -h, need not wait for torch
+    get_args()  # before torch, whose import takes seconds: -h and a wrong flag answer at once
 
 import torch  # noqa: E402
 
-from checkpoint import description  # noqa: E402
-from model import Decoder, can_compile, choose_device  # noqa: E402
+from checkpoint import load  # noqa: E402
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Logits -> logits, [B, V]
 
 
 def penalize_repeats(logits, ids, penalty):
-    """Tokens that are in ids [B, T] (-1: padding) become less likely, once each (CTRL, arXiv 1909.05858, section 4.1)."""
+    """Make the tokens in ids [B, T] (-1: padding) less likely, once each (CTRL, arXiv 1909.05858, section 4.1)."""
     if penalty == 1:
         return logits
     B, V = logits.shape
@@ -86,14 +88,14 @@ def penalize_repeats(logits, ids, penalty):
 
 
 def keep_top_k(logits, k):
-    """The k largest; all where k is 0."""
+    """Keep the k largest; all if k is 0."""
     if not 0 < k < logits.shape[-1]:
         return logits
     return logits.masked_fill(logits < logits.topk(k).values[:, -1:], -torch.inf)
 
 
 def keep_top_p(logits, p):
-    """The smallest set whose probability is at least p, one token or more (arXiv 1904.09751, section 3.1)."""
+    """Keep the smallest set with probability p or more, at least one token (nucleus, arXiv 1904.09751, section 3.1)."""
     if p >= 1:
         return logits
     ordered, order = logits.sort(dim=-1, descending=True)
@@ -103,7 +105,7 @@ def keep_top_p(logits, p):
 
 
 def keep_min_p(logits, p):
-    """Tokens at least p times as likely as the likeliest (arXiv 2407.01082, section 3)."""
+    """Keep tokens at least p times as likely as the likeliest (arXiv 2407.01082, section 3)."""
     if p == 0:
         return logits
     probabilities = logits.softmax(-1)
@@ -118,43 +120,52 @@ def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, min_p=0.0)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Ids
 
 
 @torch.no_grad()
 def generate(
-    model, ids, max_new_tokens, vocab_size, temperature=1.0, top_k=0, top_p=1.0, generator=None, min_p=0.0, repetition_penalty=1.0
-):  # fmt: skip
-    """Yield [B] ids, max_new_tokens times at most, ending early where the context of the model ends.
+    model,
+    ids,
+    max_new_tokens,
+    vocab_size,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    generator=None,
+    min_p=0.0,
+    repetition_penalty=1.0,
+):
+    """Yield [B] new ids, at most max_new_tokens times, and stop when every row's context is full.
 
-    ids [B, T], padded on the left with -1 where prompts are of unequal length; a row whose context is full before that of
-    the others yields -1 from there on. Ids from vocab_size on (padding of the embedding) are never picked. A model with
-    dispatch = "sequence" has no cache and reads the whole text every time.
+    ids [B, T]: prompts of unequal length have left padding of -1. A row whose context is full before the others' yields
+    -1 from then on. Ids from vocab_size on (padding of the embedding) are never picked. A model without a cache
+    (dispatch = "sequence") reads the whole text for every token. ValueError if that one gets padding.
     """
     if not model.has_cache and (ids < 0).any():
         raise ValueError('dispatch = "sequence" reads padding too: give it prompts of one length')
-    room = model.config.block_size + 1 - (ids >= 0).sum(1)  # the last token needs no forward
+    room = model.config.block_size + 1 - (ids >= 0).sum(1)  # + 1: the last token is never read
     max_new_tokens = min(max_new_tokens, room.max().item())
     least_room = room.min().item()
     cache = model.new_cache(len(ids), ids.shape[1] + max_new_tokens) if model.has_cache else None
     unread = ids
     for n in range(max_new_tokens):
-        logits = model.step(unread, cache) if n and cache is not None else model.next_logits(unread, cache)
-        new = pick(penalize_repeats(logits[:, :vocab_size], ids, repetition_penalty), temperature, top_k, top_p, generator, min_p)
+        logits = model.next_logits(unread, cache) if n == 0 or cache is None else model.step(unread, cache)
+        logits = penalize_repeats(logits[:, :vocab_size], ids, repetition_penalty)
+        new = pick(logits, temperature, top_k, top_p, generator, min_p)
         yield new if n < least_room else torch.where(n < room, new, -1)
         ids = torch.cat([ids, new[:, None]], dim=1)
         unread = ids if cache is None else new[:, None]
 
 
-def what_stands_in_front(model, tokenizer):
-    """Of a prompt: in our training a document begins behind the end of another. Other programs put nothing in front of a text."""
-    about = description(model.checkpoint)
-    return [tokenizer.eos_id] if "step" in about or about.get("architectures") == ["NanoSteelForCausalLM"] else []
+def prompt_prefix(tokenizer, info):
+    """The ids before every prompt: an eos where documents began behind one in training, else none."""
+    return [tokenizer.eos_id] if info.eos_first else []
 
 
-def until(ids, stop_ids, taken):
-    """The ids before the first of stop_ids; each is noted in the list taken."""
+def before_stop_id(ids, stop_ids, taken):
+    """Yield ids up to the first of stop_ids, and append each to the list taken."""
     for i in ids:
         if i in stop_ids:
             return
@@ -162,18 +173,19 @@ def until(ids, stop_ids, taken):
         yield i
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Text
 
 
 def before_stop(pieces, stops):
-    """The text of pieces up to the first of the strings in stops that is whole; what may become one is held back."""
+    """Yield the text of pieces up to the first complete stop string. Text that may become one is held back."""
     held = ""
     for piece in pieces:
         held += piece
-        ends = [(held.index(stop) + len(stop), -len(stop)) for stop in stops if stop in held]
-        if ends:  # the one that is whole first; of those that end there the longest
-            yield held[: sum(min(ends))]
+        found = [(held.index(stop) + len(stop), -len(stop)) for stop in stops if stop in held]
+        if found:  # the stop string that ends first; of several that end there, the longest
+            end, minus_length = min(found)
+            yield held[: end + minus_length]
             return
         keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
         ready, held = held[: len(held) - keep], held[len(held) - keep :]
@@ -184,33 +196,34 @@ def before_stop(pieces, stops):
 
 
 def continuations(model, tokenizer, prompts, args, generator):
-    """prompts, lists of ids -> for each (an iterator of its text, the list of its ids, which fills as the text is read).
+    """For each prompt (a list of ids) a pair: an iterator over its new text, and the list of its new ids so far.
 
-    They are one batch, which goes on as far as the text that is being read needs it: also the second one read streams.
+    The prompts are one batch, decoded lazily: it advances when any row's text is consumed, so that every row streams.
     """
-    if not model.has_cache and len(prompts) > 1:  # it would read the padding
+    if not model.has_cache and len(prompts) > 1:  # such a model reads padding: a batch for each prompt
         return [pair for prompt in prompts for pair in continuations(model, tokenizer, [prompt], args, generator)]
     T = max(map(len, prompts))
     ids = torch.tensor([[-1] * (T - len(prompt)) + prompt for prompt in prompts], device=model.embedding.device)
-    steps = generate(
-        model, ids, args.max_new_tokens, tokenizer.vocab_size, args.temperature, args.top_k, args.top_p, generator,
-        args.min_p, args.repetition_penalty,
-    )  # fmt: skip
-    stop_ids, pairs = {tokenizer.eos_id, tokenizer.chat_end_id, -1}, []
-    for row, own_steps in enumerate(itertools.tee((new.tolist() for new in steps), len(prompts))):
+    limits = args.max_new_tokens, tokenizer.vocab_size
+    filters = args.temperature, args.top_k, args.top_p, generator, args.min_p, args.repetition_penalty
+    steps = (new.tolist() for new in generate(model, ids, *limits, *filters))
+    stop_ids = {tokenizer.eos_id, tokenizer.chat_end_id, -1}  # -1: the row's context is full
+    pairs = []
+    for row, own_steps in enumerate(itertools.tee(steps, len(prompts))):  # tee keeps what a row has yet to read
         taken = []
-        new_ids = until(map(operator.itemgetter(row), own_steps), stop_ids, taken)
+        new_ids = before_stop_id(map(operator.itemgetter(row), own_steps), stop_ids, taken)
         pairs.append((before_stop(tokenizer.stream(new_ids), args.stop), taken))
     return pairs
 
 
 def show(model, tokenizer, prompts, heads, args, generator):
-    """Print each prompt's head and what follows it, as it comes; then tokens/s. -> the text of the last one.
+    """Print each prompt's head, then its text while it is generated, at the end tokens/s. Returns the last text.
 
-    Ctrl-C ends a text where it is an exception, as in a chat.
+    Where Ctrl-C raises KeyboardInterrupt, as in a chat, it ends only the text.
     """
     start, count = time.perf_counter(), 0
-    for prompt, head, (pieces, taken) in zip(prompts, heads, continuations(model, tokenizer, prompts, args, generator)):
+    texts = continuations(model, tokenizer, prompts, args, generator)
+    for prompt, head, (pieces, taken) in zip(prompts, heads, texts):
         print(head, end="", flush=True)
         text = ""
         with contextlib.suppress(KeyboardInterrupt):
@@ -225,93 +238,95 @@ def show(model, tokenizer, prompts, heads, args, generator):
     return text
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Chat
 
 
-def trained_to_chat(checkpoint):
-    """Whether train.py noted that what it read was mostly conversations. Weights from elsewhere have no such note."""
-    return description(checkpoint).get("chat", False)
+def chat_ids(tokenizer, messages, prefix):
+    """The ids of a conversation up to where the answer begins."""
+    return prefix + tokenizer.encode_chat(messages, open_turn=True)[0]
 
 
-def chat_ids(tokenizer, messages, front):
-    """The ids of a conversation up to the answer."""
-    return front + tokenizer.encode_chat(messages, open_turn=True)[0]
+def trim_chat(tokenizer, messages, prefix, limit):
+    """Drop the oldest pairs of question and answer until the messages, a question last, have at most limit tokens.
 
-
-def fit(tokenizer, messages, front, limit):
-    """Messages, of which the last is a question, without as many of the oldest pairs as it takes to get to limit tokens.
-
-    The system turn and the last question stay in any case.
+    The system turn and the last question always stay.
     """
     first = int(messages[0]["role"] == "system")
-    while len(chat_ids(tokenizer, messages, front)) > limit and len(messages) > first + 1:
+    while len(chat_ids(tokenizer, messages, prefix)) > limit and len(messages) > first + 1:
         messages = messages[:first] + messages[first + 2 :]
     return messages
 
 
-def converse(model, tokenizer, messages, args, generator):
-    """Go on with a conversation at the terminal. Ctrl-C ends an answer; where a question is awaited it ends all, like Ctrl-D."""
-    with contextlib.suppress(ImportError):  # there is none on Windows
-        import readline  # noqa: F401  keys to edit the line of input() with
+def converse(model, tokenizer, info, messages, args, generator):
+    """Chat at the terminal, from messages on. Ctrl-C ends an answer, and at the prompt the chat, as Ctrl-D does."""
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  gives input() line editing
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin.reconfigure(errors="replace")
-    context, front = model.config.block_size, what_stands_in_front(model, tokenizer)
-    print(f"{model.checkpoint}: Ctrl-C ends an answer, Ctrl-D the chat")
+    context, prefix = model.config.block_size, prompt_prefix(tokenizer, info)
+    print(f"{info.path}: Ctrl-C ends an answer, Ctrl-D the chat")
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             question = input("> ")
             if not question.strip():
                 continue
             asked = [*messages, {"role": "user", "content": question}]
-            kept = fit(tokenizer, asked, front, context - min(args.max_new_tokens, context // 2))
-            ids = chat_ids(tokenizer, kept, front)
+            kept = trim_chat(tokenizer, asked, prefix, context - min(args.max_new_tokens, context // 2))
+            ids = chat_ids(tokenizer, kept, prefix)
             if len(ids) > context:
-                print(f"(with this question there are {len(ids)} tokens, the model's context is {context}: shorten it)", file=sys.stderr)
+                problem = f"with this question there are {len(ids)} tokens, the model's context is {context}"
+                print(f"({problem}: shorten it)", file=sys.stderr)
                 continue
             if len(kept) < len(asked):
                 print("(the beginning of the chat no longer fits the context and is left out)", file=sys.stderr)
-            messages = [*kept, {"role": "assistant", "content": show(model, tokenizer, [ids], [""], args, generator)}]
+            answer = show(model, tokenizer, [ids], [""], args, generator)
+            messages = [*kept, {"role": "assistant", "content": answer}]
     print()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def main(argv=None, args=None):
-    args = args or get_args(argv)
+def read_prompt(path):
+    """A file's text without its last line break; 0 is standard input."""
+    return read_text(path).removesuffix("\n").removesuffix("\r")
+
+
+def main(argv=None):
+    args = get_args(argv)
+    texts = [read_prompt(given) if isinstance(given, Path) else given for given in args.prompts]
     device = choose_device(args.device)
     if args.compile and not can_compile(device):
-        raise SystemExit("--compile needs CUDA, or a CPU with a C++ compiler and Python's headers: apt install g++ python3-dev")
-    model = Decoder.load(args.checkpoint).to(device).eval()
+        needs = "CUDA, or a CPU with a C++ compiler and Python's headers: apt install g++ python3-dev"
+        raise ValueError(f"--compile needs {needs}")
+    model, tokenizer, info = load(args.checkpoint)
+    model.to(device).eval()
     if args.compile and not model.has_cache:
-        raise SystemExit('--compile: a model with dispatch = "sequence" reads the whole text for every token: leave it out')
+        raise ValueError('--compile: dispatch = "sequence" reads the whole text for every token: leave it out')
     if args.compile:
         model.compile_step()
-    tokenizer = load_tokenizer(model.checkpoint, model.config.vocab_size)
     generator = torch.Generator(device).manual_seed(args.seed)
-    chat = trained_to_chat(model.checkpoint) if args.chat is None else args.chat
+    chat = info.chat if args.chat is None else args.chat
     if args.system is not None and not chat:
-        raise SystemExit(f"--system {args.system}: {model.checkpoint} continues text, which has no such turn: add --chat")
+        raise ValueError(f"--system {args.system}: {info.path} continues text, which has no such turn: add --chat")
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    texts, front = args.prompts, what_stands_in_front(model, tokenizer)
     if not texts and sys.stdin and not sys.stdin.isatty():
         texts = [read_prompt(0)]
     if chat and not texts:
-        return converse(model, tokenizer, system, args, generator)
+        return converse(model, tokenizer, info, system, args, generator)
+    prefix = prompt_prefix(tokenizer, info)
     if chat:
-        prompts = [chat_ids(tokenizer, [*system, {"role": "user", "content": text}], front) for text in texts]
+        prompts = [chat_ids(tokenizer, [*system, {"role": "user", "content": text}], prefix) for text in texts]
     else:
-        prompts = [front + tokenizer.encode(text) or [tokenizer.eos_id] for text in texts or [""]]
+        prompts = [prefix + tokenizer.encode(text) or [tokenizer.eos_id] for text in texts or [""]]
     if (longest := max(map(len, prompts))) > model.config.block_size:
-        raise SystemExit(f"the prompt has {longest} tokens, the model's context is {model.config.block_size}: shorten it")
+        context = model.config.block_size
+        raise ValueError(f"the prompt has {longest} tokens, the model's context is {context}: shorten it")
     prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
-    heads = [f"--- {model.checkpoint}\n" + ("" if chat else tokenizer.decode(prompt)) for prompt in prompts]
+    heads = [f"--- {info.path}\n" + ("" if chat else tokenizer.decode(prompt)) for prompt in prompts]
     show(model, tokenizer, prompts, heads, args, generator)
 
 
 if __name__ == "__main__":
-    for name in ("SIGINT", "SIGPIPE"):  # Ctrl-C, and a reader like `head` that has enough, end it without a traceback
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
-    main(args=given)
+    run_command(main)

@@ -261,7 +261,7 @@ def describe_machine(args, device, ranks):
 
 
 def check_resume(args, data, machine, checkpoint, saved, ranks):
-    """Refuse data that has lost shards of the run; say what else is new."""
+    """Refuse data that has lost shards of the run; say what else is new; rename damaged newer checkpoints."""
     shards = data.shard_hashes()
     for before, now in itertools.zip_longest(saved["shards"], shards[: len(saved["shards"])]):
         if before != now:
@@ -271,6 +271,8 @@ def check_resume(args, data, machine, checkpoint, saved, ranks):
     if others:
         ranks.say(f"note: {', '.join(others)}: goes on, but not to the same bits")
     ranks.say(f"goes on from {checkpoint}")
+    if ranks.rank == 0:
+        set_aside_newer(checkpoint)
     if new := len(data) - saved["phases"][-1][0]:
         left = unserved(saved["phases"])
         ranks.say(f"{new:,} new samples, mixed with the {left:,} that this epoch has not served yet")
@@ -349,22 +351,19 @@ def out_of_memory_advice(args, n_micro):
 class Reporter:
     """What a run says of itself: lines on the terminal, the same numbers in metrics.jsonl, scores on held-out text."""
 
-    def __init__(self, args, model, data, val, tokenizer, log, ranks, device):
+    def __init__(self, args, model, data, val, tokenizer, log, ranks, device, state):
         self.args, self.model, self.val, self.tokenizer = args, model, val, tokenizer
         self.log, self.ranks, self.device = log, ranks, device
         self.flops, self.peak = model.flops_per_token(val.block_size), peak_flops(device)
         targets = np.concatenate([inputs_and_targets(data, i)[1] for i in evenly_spaced(data, 1 << 16)])
         self.bytes_per_token = np.mean([len(tokenizer.token_bytes[i]) for i in targets[targets >= 0]] or [1])
-        self.step = self.seconds = None  # at the last line
-
-    def start(self, state):
-        self.step, self.seconds = state.step, state.seconds
+        self.step, self.seconds = state.step, state.seconds  # at the last line
 
     def line(self, state, loss, norm, lr):
         """The step that has just been made; time and speed are means since the last line."""
         args, done, skipped = self.args, state.progress(self.args), state.skipped.item()
         took = (state.seconds - self.seconds) / (state.step - self.step)
-        self.start(state)
+        self.step, self.seconds = state.step, state.seconds
         speed, bpb = args.batch_tokens / took, loss / math.log(2) / self.bytes_per_token
         parts = [
             f"step {state.step:>5}/{args.steps or int(state.step / done):<5} {100 * done:5.1f}%",
@@ -435,18 +434,14 @@ def main(argv=None):
     state = make_state(args, data, device, saved)
     if checkpoint:
         load_optimizers(optimizers, read_tensors(checkpoint / "optimizer.pt"))
-    if ranks.rank == 0:
-        log = log or Log(run)
-        if checkpoint:
-            set_aside_newer(checkpoint)
+    log = log or Log(run) if ranks.rank == 0 else None
     state.evaluated = ranks.from_rank_0(log.cut(state.step) if log else 0)
     constants = {"chat": data.mostly_chat(), "config": asdict(model.config), "shards": data.shard_hashes()}
     constants |= {"args": vars(args) | {"resume": False, "verify": False}, "machine": machine}
     saver = Saver(run, tokenizer, log, ranks, args.keep, args.keep_every, last=state.step if checkpoint else None)
     stop = Stop(run, compiling=machine["compile"], ranks=ranks)
     describe_run(args, model, data, n_micro, machine, ranks)
-    reporter = Reporter(args, model, data, val, tokenizer, log, ranks, device)
-    reporter.start(state)
+    reporter = Reporter(args, model, data, val, tokenizer, log, ranks, device, state)
 
     first_step, clock = state.step + 1, time.perf_counter()
     for micro_batches in batches(data, state.phases, args.seed, ranks, n_micro, args.micro_batch, device):
@@ -477,6 +472,7 @@ def main(argv=None):
             saver.save(model, optimizers, state.read() | constants)
         clock = time.perf_counter()
 
+    state.check(run)
     if saver.last != state.step or not saver.wait():
         saver.save(model, optimizers, state.read() | constants)
     whole = saver.wait()

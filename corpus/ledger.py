@@ -1,0 +1,108 @@
+"""The ledger: every document that was read is kept, or counted under what dropped it.
+
+For each source, in documents and in characters:
+read = malformed + empty + filtered (by operator) + duplicate + near_duplicate + kept; val is a part of kept.
+"""
+
+import sys
+from collections import Counter
+
+MAX_MALFORMED = 0.01  # share of the documents of an input; more is an error
+MAX_NAMED = 10  # malformed documents of a part that are named
+
+
+def new_count():
+    """For one source: [documents, characters as read] of each outcome; filtered: a dict by operator.
+
+    written: [characters, tokens] of what is kept.
+    """
+    names = "read malformed empty filtered duplicate near_duplicate kept val written".split()
+    return {name: {} if name == "filtered" else [0, 0] for name in names}
+
+
+def count(ledger, source, outcome, characters):
+    """Add a document to the ledger, {source: new_count()}. An outcome that is none of its names is an operator."""
+    counts = ledger.setdefault(source, new_count())
+    cell = counts[outcome] if outcome in counts else counts["filtered"].setdefault(outcome, [0, 0])
+    cell[0] += 1
+    cell[1] += characters
+
+
+def add_counts(one, other):
+    """The sum of two ledgers, or of any nested dicts with lists of numbers."""
+    if isinstance(one, list):
+        return [a + b for a, b in zip(one, other)]
+    both = one.keys() & other.keys()
+    return {key: add_counts(one[key], other[key]) if key in both else value for key, value in (one | other).items()}
+
+
+def print_ledger(manifest, out):
+    """Print the ledger as a table, with the operators that drop most, and the tokens of each split."""
+    rows = [["source", "read", "characters", "malformed", "empty", "filtered", "copies", "near"]]
+    rows[0] += ["kept", "", "val", "tokens", "bytes/token"]
+    for source, counts in manifest["ledger"].items():
+        rows.append(ledger_row(source, counts, [shard for shard in manifest["shards"] if shard["source"] == source]))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row, counts in zip(rows, [new_count(), *manifest["ledger"].values()]):
+        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
+        print("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
+        most = sorted(counts["filtered"].items(), key=lambda item: -item[1][0])[:5]
+        if most:
+            print("    dropped most by " + ", ".join(f"{name} {documents:,}" for name, (documents, _) in most))
+    tokens = Counter()
+    for shard in manifest["shards"]:
+        tokens[shard["split"]] += shard["tokens"]
+    print(f"{out}: {tokens['train']:,} tokens to train on, {tokens['val']:,} held out")
+
+
+def ledger_row(source, counts, shards):
+    tokens, text_bytes = (sum(shard[key] for shard in shards) for key in ("tokens", "bytes"))
+    filtered = sum(documents for documents, _ in counts["filtered"].values())
+    (read, characters), (kept, _) = counts["read"], counts["kept"]
+    malformed, empty, copies, near, val = (
+        counts[name][0] for name in ("malformed", "empty", "duplicate", "near_duplicate", "val")
+    )
+    numbers = [f"{n:,}" for n in (read, characters, malformed, empty, filtered, copies, near, kept)]
+    share = f"{100 * kept / max(read, 1):.1f} %"
+    return [source, *numbers, share, f"{val:,}", f"{tokens:,}", f"{text_bytes / max(tokens, 1):.2f}"]
+
+
+def keep_example(dropped, source, dropped_by, document, show):
+    """Keep the first `show` texts that an operator drops of a source, to be printed at the end."""
+    examples = dropped.setdefault(f"{source}: {dropped_by}", [])
+    if len(examples) < show:
+        examples.append(document.text)
+
+
+def print_dropped(results, show):
+    """Print up to `show` texts that each operator dropped of each source."""
+    examples = {}
+    for result in results:
+        for name, texts in result["dropped"].items():
+            examples.setdefault(name, []).extend(texts)
+    for name, texts in examples.items():
+        for text in texts[:show]:
+            print(f"{name} dropped {text!r}")
+
+
+def refuse_malformed(parts, cleaned):
+    """Name malformed documents on stderr; ValueError if they are more than MAX_MALFORMED of an input.
+
+    A malformed row has no format, so it counts for its input, not for one of the corpora in it.
+    """
+    totals, first = {}, {}  # by input
+    for part, result in zip(parts, cleaned):
+        total = totals.setdefault(part.source, [0, 0])
+        total[0] += result["malformed"]
+        total[1] += result["documents"]
+        for problem in result["problems"]:
+            print(f"malformed: {problem}", file=sys.stderr)
+            first.setdefault(part.source, problem)
+        if result["malformed"] > MAX_NAMED:
+            print(f"malformed: {part.name}: {result['malformed'] - MAX_NAMED:,} more", file=sys.stderr)
+    for source, (malformed, read) in totals.items():
+        if malformed > MAX_MALFORMED * read:
+            raise ValueError(
+                f"{source}: {malformed:,} of {read:,} documents are malformed, more than {MAX_MALFORMED:.0%}, "
+                f"the first is {first[source]}. Mend or remove them; the same command goes on"
+            )

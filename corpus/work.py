@@ -1,0 +1,117 @@
+"""How prepare.py works: results that a killed run leaves are found again, parts are worked on by several processes."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common import lock_file, write_atomically
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Results in .work, each named after a hash of all that went into it
+
+
+def digest_of(*things):
+    return hashlib.sha256(repr(things).encode("utf-8", errors="replace")).hexdigest()[:24]
+
+
+@functools.cache
+def code_digest():
+    """A hash of the code that shards depend on: what a run with other code left in .work is not used."""
+    folder = Path(__file__).parent.parent
+    files = [folder / name for name in ("prepare.py", "tokenizer.py", "data.py")]
+    return digest_of(*(path.read_bytes() for path in files + sorted(folder.glob("corpus/*.py"))))
+
+
+def read_work(work, name):
+    path = work / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def write_work(work, name, result):
+    write_atomically(work / f"{name}.json", json.dumps(result).encode("utf-8"))
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+COUNTS = None  # shared between processes: documents and bytes done
+
+
+def progress(documents, size):
+    """Report documents and bytes done, from any process."""
+    for counter, more in zip(COUNTS or (), (documents, size)):
+        with counter.get_lock():
+            counter.value += more
+
+
+def start_worker(counts, parent):
+    global COUNTS
+    COUNTS = counts
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def end_with_parent():  # a killed parent cannot end its workers, and they must not write beside the next run's
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def in_parallel(function, tasks, workers, what, total, unit):
+    """[function(task) for task in tasks] in several processes, with a bar of `total` documents, or bytes if unit is B.
+
+    function and tasks must be importable by, and sent to, a fresh process. ValueError if a process is killed.
+    """
+    global COUNTS
+    context = multiprocessing.get_context("spawn")
+    COUNTS = [context.Value("q", 0), context.Value("q", 0)]
+    done = threading.Event()
+    bar = threading.Thread(target=show_progress, args=(COUNTS, done, what, total, unit))
+    bar.start()
+    workers = min(workers, len(tasks))
+    try:
+        if workers == 1:
+            return [function(task) for task in tasks]
+        with ProcessPoolExecutor(workers, context, start_worker, (COUNTS, os.getpid())) as pool:
+            return list(pool.map(function, tasks))
+    except BrokenProcessPool:
+        fix = "use fewer --workers; the same command goes on"
+        raise ValueError(f"a worker was killed, perhaps for want of memory: {fix}") from None
+    finally:
+        done.set()
+        bar.join()
+
+
+def show_progress(counts, done, what, total, unit):
+    """Show a progress bar until `done` is set; on a terminal only."""
+    with tqdm(total=total, desc=what, unit=unit, unit_scale=True, disable=None) as bar:
+        start = time.monotonic()
+        while not bar.disable:
+            finished = done.wait(0.2)
+            documents, size = (counter.value for counter in counts)
+            if unit == "B":
+                bar.set_postfix_str(f"{documents / (time.monotonic() - start):,.0f} documents/s", refresh=False)
+            bar.update((size if unit == "B" else documents) - bar.n)
+            if finished:
+                break
+
+
+@contextlib.contextmanager
+def folder_lock(out):
+    """Hold the lock of a folder: two runs at once would overwrite each other. ValueError if another process has it."""
+    with open(out / ".lock", "w", encoding="utf-8") as file:
+        if not lock_file(file, wait=3):  # the workers of a killed run need a moment to end
+            raise ValueError(f"another prepare.py is at work in {out}: wait for it, or choose another --out")
+        yield

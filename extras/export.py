@@ -1,0 +1,46 @@
+"""Write a checkpoint as a Hugging Face folder.
+
+    python -m extras.export out/demo --export out/demo-hf       # a step, or a run: its newest checkpoint
+
+A dense model becomes a Qwen2 and a token-wise Soft MoE with a linear router a Qwen2-MoE, which transformers loads and
+computes alike. Every other model is written for nanoSteel alone (extras/huggingface.py has the table).
+"""
+
+import argparse
+
+from checkpoint import load
+from common import run_command
+from extras.huggingface import OWN, architecture, export_folder
+
+OWN_NOTE = """\
+only nanoSteel reads this folder: other programs know ffn = dense, and dispatch = token with router = linear,
+expert = swiglu and slots_per_expert = 1, both without --reset-at-eos"""
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m extras.export", description=__doc__.split("\n\n")[0])
+    newest = "a step or a run (default: the newest run under out)"
+    parser.add_argument("checkpoint", nargs="?", default="out", metavar="CHECKPOINT", help=newest)
+    parser.add_argument("--export", required=True, metavar="DIR", help="a folder, new or empty")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = get_args(argv)
+    model, tokenizer, info = load(args.checkpoint)
+    files = {name: text.encode("utf-8") for name, text in tokenizer.transformers_files().items()}
+    files[tokenizer.FILE] = tokenizer.content
+    ends = {"bos_token_id": tokenizer.eos_id, "eos_token_id": [tokenizer.eos_id, tokenizer.chat_end_id]}
+    padding_ids = range(tokenizer.vocab_size, model.config.vocab_size)
+    try:
+        export_folder(model, args.export, files, ends, padding_ids, info.chat)
+    except OSError as error:
+        raise ValueError(f"--export {args.export}: {error.strerror}: name another folder, or make room") from None
+    kind = architecture(model.config)
+    print(f"exported: {info.path} -> {args.export}, {kind}")
+    if kind == OWN:
+        print(OWN_NOTE)
+
+
+if __name__ == "__main__":
+    run_command(main)

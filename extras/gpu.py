@@ -1,0 +1,229 @@
+"""`python -m extras.speed gpu`: speed, memory and time by part on this GPU, beside transformers' Qwen2 in the same run.
+
+A step is measured in two pieces, because their ratio is the user's choice: a micro-batch (forward and backward), and
+what follows all micro-batches (clipping and optimizers). Tokens/s are for BATCH_TOKENS tokens a step.
+"""
+
+import gc
+import json
+import time
+from dataclasses import replace
+
+import torch
+
+from common import peak_flops
+from extras.timing import autocast, median_seconds, timed
+from model import PRESETS, Config, Decoder, cross_entropy, place_tokens
+from optim import make_optimizers, scale_and_clip, update
+from parallel import Ranks
+from sample import generate
+from train import get_args, place_model
+
+BATCH_TOKENS = 1 << 19
+# name -> shape, samples of a micro-batch. All have Qwen's vocabulary but small, whose own it is
+MODELS = {
+    "small": (PRESETS["small"], 32),
+    "350m": (Config(n_layer=24, d_model=1024, n_head=8, n_kv_head=8, vocab_size=151_936, block_size=2048), 8),
+    "steel-1b": (PRESETS["steel-1b"], 8),
+}
+ROWS = [
+    ("small", "dense"),
+    ("small", "causal"),
+    ("small", "transformers"),
+    ("350m", "causal"),
+    ("steel-1b", "dense"),
+    ("steel-1b", "causal"),
+    ("steel-1b", "transformers"),
+]
+
+
+def transformers_qwen2(config):
+    """The same shape as transformers has it, with its own loss, SDPA attention and compiled as a whole."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    shape = Qwen2Config(
+        vocab_size=config.vocab_size,
+        hidden_size=config.d_model,
+        intermediate_size=config.d_dense,
+        num_hidden_layers=config.n_layer,
+        num_attention_heads=config.n_head,
+        num_key_value_heads=config.n_kv_head,
+        max_position_embeddings=config.block_size,
+        tie_word_embeddings=config.tie_embeddings,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
+    return Qwen2ForCausalLM(shape)
+
+
+def training_step(name, kind, micro_batch):
+    """-> model, functions for a micro-batch and for the end of a step."""
+    config = replace(MODELS[name][0], ffn="soft_moe" if kind == "causal" else "dense")
+    args = get_args([])
+    ids = torch.randint(config.vocab_size, (micro_batch, config.block_size + 1), device="cuda")
+    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    with torch.device("cuda"):
+        model = transformers_qwen2(config) if kind == "transformers" else Decoder(config)
+    if kind == "transformers":
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)]
+        compiled = torch.compile(model, dynamic=False)
+
+        def micro():
+            with autocast("cuda"):
+                loss = compiled(input_ids=ids, labels=ids).loss  # it shifts the labels itself
+            loss.backward()
+
+        def finish():
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizers[0].step()
+
+    else:
+        place_model(model, args, "cuda", True, Ranks())
+        optimizers = make_optimizers(model, "muon", 1e-4, 0.1)
+        count = torch.tensor(float(targets.numel()), device="cuda")
+
+        def micro():
+            with autocast("cuda"):
+                nats = model(inputs, targets, reduction="sum")
+            nats.backward()
+
+        def finish():
+            kept = [p.grad for p in model.parameters()]
+            norm = scale_and_clip(model.parameters(), count, 1.0)
+            update(optimizers, 1e-4, skip=~norm.isfinite())
+            for p, gradient in zip(model.parameters(), kept):  # update() drops them; this function is measured again
+                p.grad = gradient
+
+    return config, model, micro, finish
+
+
+def loss_seconds(config, model, micro_batch):
+    """Of the head and the loss of a micro-batch, forward and backward."""
+    shape = micro_batch, config.block_size
+    hidden = torch.randn(*shape, config.d_model, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(config.vocab_size, shape, device="cuda")
+    body, weight = model.softmax_gradient, model.head_weight
+
+    def step():
+        with autocast("cuda"):
+            cross_entropy(hidden, weight, targets, "sum", softmax_gradient=body).backward()
+
+    return median_seconds([step], 5, "cuda", warm_up=2)[0]
+
+
+def part_seconds(config, model, micro_batch):
+    """-> seconds of all attention layers and of all feed-forward layers of a micro-batch, each compiled by itself."""
+    ids = torch.zeros(micro_batch, config.block_size, dtype=torch.long, device="cuda")
+    x = torch.randn(*ids.shape, config.d_model, device="cuda", requires_grad=True)
+    place, times = place_tokens(ids, config, None, torch.float32), []
+    for layer in (model.blocks[0].attention, model.blocks[0].ffn):
+        code = torch.compile(layer, dynamic=False)
+
+        def step(code=code):
+            with autocast("cuda"):
+                y = code(x, place)
+            y.backward(torch.ones_like(y))
+
+        times.append(config.n_layer * median_seconds([step], 5, "cuda", warm_up=2)[0])
+    return times
+
+
+def measure(name, kind, with_parts):
+    """One row of the table, as a dict."""
+    micro_batch = MODELS[name][1] // (4 if kind == "transformers" and name == "steel-1b" else 1)
+    torch.cuda.reset_peak_memory_stats()
+    config, model, micro, finish = training_step(name, kind, micro_batch)
+    compile_seconds = timed(micro, "cuda")[0]
+    finish()
+    one = median_seconds([micro], 10, "cuda", warm_up=2)[0]
+    end = median_seconds([finish], 5, "cuda", warm_up=1)[0]
+    memory = torch.cuda.max_memory_allocated()
+    tokens = micro_batch * config.block_size
+    n_params = sum(p.numel() for p in model.parameters())
+    speed = BATCH_TOKENS / (BATCH_TOKENS / tokens * one + end)
+    flops = Decoder.flops_per_token(model, config.block_size) if kind != "transformers" else None
+    row = {"model": name, "kind": kind, "parameters": n_params, "micro_batch": micro_batch, "tokens_per_second": speed}
+    row |= {"micro_ms": 1000 * one, "end_ms": 1000 * end, "memory_gb": memory / 1e9, "compile_s": compile_seconds}
+    if flops and (peak := peak_flops("cuda")):
+        row["mfu"] = flops * speed / peak
+    if with_parts and kind != "transformers":
+        row["loss_ms"] = 1000 * loss_seconds(config, model, micro_batch)
+        attention, ffn = part_seconds(config, model, micro_batch)
+        row |= {"attention_ms": 1000 * attention, "ffn_ms": 1000 * ffn}
+    return row
+
+
+def decode_rows(name="small", prompt=64, new=128):
+    """Greedy decoding behind a prompt: tokens/s at batch 1 and 64, bf16 weights, of ours compiled and of transformers."""
+    config, rows = MODELS[name][0], []
+    for kind in ("dense", "causal", "transformers"):
+        shape = replace(config, ffn="soft_moe" if kind == "causal" else "dense")
+        with torch.device("cuda"):
+            model = transformers_qwen2(shape) if kind == "transformers" else Decoder(shape)
+        model = model.to(torch.bfloat16).eval()
+        if kind != "transformers":
+            model.compile_step()
+        for batch in (1, 64):
+            ids = torch.randint(config.vocab_size, (batch, prompt), device="cuda")
+
+            def decode(model=model, ids=ids, kind=kind):
+                if kind == "transformers":
+                    with torch.no_grad():
+                        model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, use_cache=True)
+                else:
+                    list(generate(model, ids, new, shape.vocab_size, temperature=0))
+
+            seconds = median_seconds([decode], 3, "cuda", warm_up=2)[0]
+            rows.append({"decode": name, "kind": kind, "batch": batch, "tokens_per_second": batch * new / seconds})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def matmul_peak():
+    """FLOP/s of an 8192^3 bf16 matmul on random data."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in "ab")
+    return 2 * 8192**3 / median_seconds([lambda: a @ b], 10, "cuda")[0]
+
+
+def benchmark_gpu(args):
+    """Print a line for each model and kind as it is measured, then the table; --json FILE saves all of it."""
+    if not torch.cuda.is_available():
+        raise ValueError("gpu measures a GPU that CUDA can use, and there is none here")
+    torch.set_float32_matmul_precision("high")
+    start = time.perf_counter()
+    result = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "matmul_flops": matmul_peak()}
+    matmul = f"8192^3 matmul {result['matmul_flops'] / 1e12:.0f} TFLOP/s"
+    print(f"{result['gpu']}, torch {result['torch']}, {matmul}", flush=True)
+    result["rows"] = []
+    for name, kind in ROWS:
+        try:
+            row = measure(name, kind, with_parts=name != "350m")
+        except torch.OutOfMemoryError:
+            row = {"model": name, "kind": kind, "out_of_memory": True}
+        result["rows"].append(row)
+        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+    result["decode"] = decode_rows()
+    result["seconds"] = time.perf_counter() - start
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=1)
+    print_table(result)
+
+
+COLUMNS = ("tokens/s", "mfu", "memory GB", "micro-batch ms", "end of step ms", "attention", "feed-forward", "loss")
+
+
+def print_table(result):
+    """A table for docs/gpu.md."""
+    print(f"\n| {result['gpu']} | {' | '.join(COLUMNS)} |\n|{'---|' * (1 + len(COLUMNS))}")
+    for row in result["rows"]:
+        if "out_of_memory" in row:
+            print(f"| {row['model']} {row['kind']} | out of memory |{' |' * (len(COLUMNS) - 1)}")
+            continue
+        cells = [f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.0%}" if "mfu" in row else ""]
+        numbers = ("memory_gb", "micro_ms", "end_ms", "attention_ms", "ffn_ms", "loss_ms")
+        cells += [f"{row[key]:.1f}" if key in row else "" for key in numbers]
+        print(f"| {row['model']} {row['kind']} | {' | '.join(cells)} |")

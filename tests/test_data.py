@@ -1,0 +1,255 @@
+"""The shard format, its reader, and the order in which training serves samples."""
+
+import itertools
+import json
+import random
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from data import (
+    TokenData,
+    batch_at,
+    batches,
+    data_order,
+    evenly_spaced,
+    inputs_and_targets,
+    read_manifest,
+    sample_at,
+    shard_is_whole,
+    unserved,
+    write_shard,
+)
+from parallel import Ranks
+
+pytestmark = pytest.mark.quick
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shards
+
+EOS = 7
+TEXT = [(np.arange(10, 10 + n), None, 3 * n, np.zeros(3, dtype=np.uint64)) for n in (50, 1, 20)]
+CHAT = [(np.arange(100, 130), np.repeat([0, 1, 0], 10).astype(np.uint8), 90, np.ones(3, dtype=np.uint64))]
+
+
+def write_folder(folder, vocab_size=1000):
+    """A prepared folder with two shards of training text, one of them a chat, and a held-out one."""
+    tokenizer = SimpleNamespace(vocab_size=vocab_size, eos_id=EOS)
+    folder.mkdir()
+    shards = []
+    for name, documents, split in (("a", TEXT, "train"), ("b", CHAT, "train"), ("c", TEXT[:1], "val")):
+        shards.append(write_shard(folder, name, documents, tokenizer) | {"split": split})
+    write_manifest(folder, {"tokenizer": {"file": "x"}, "shards": shards, "parts": [], "inputs": [], "ledger": {}})
+    return folder
+
+
+def write_manifest(folder, manifest):
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "data")
+
+
+def test_a_shard_holds_its_documents_with_an_eos_behind_each(folder):
+    entry = read_manifest(folder)["shards"][0]
+    assert (entry["tokens"], entry["documents"], entry["bytes"]) == (74, 3, 213)
+    assert shard_is_whole(folder, entry)
+    tokens = np.load(folder / "a.tokens.npy")
+    assert tokens.tolist() == [*range(10, 60), EOS, 10, EOS, *range(10, 30), EOS]
+    assert np.load(folder / "a.ends.npy").tolist() == [51, 53, 74]
+    assert np.load(folder / "b.mask.npy").tolist() == [0] * 10 + [1] * 10 + [0] * 11
+    (folder / "a.ends.npy").unlink()
+    assert not shard_is_whole(folder, entry)
+
+
+@pytest.mark.parametrize("vocab_size, dtype", [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
+def test_ids_are_stored_in_two_bytes_where_they_fit(tmp_path, vocab_size, dtype):
+    folder = write_folder(tmp_path / "data", vocab_size)
+    assert np.load(folder / "a.tokens.npy").dtype == dtype
+    assert TokenData(folder, "train", 8)[0].dtype == np.int64
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 25, 73])
+def test_samples_hold_every_token_once_as_a_target(folder, block_size):
+    data = TokenData(folder, "train", block_size)
+    shards = [np.load(folder / f"{name}.tokens.npy") for name in "ab"]
+    expected = [shard[1 : (len(shard) - 1) // block_size * block_size + 1] for shard in shards]
+    assert np.array_equal(np.concatenate([data[i][1:] for i in range(len(data))]), np.concatenate(expected))
+    assert all(len(data[i]) == block_size + 1 for i in range(len(data)))
+    for i in (-1, len(data)):
+        with pytest.raises(IndexError):
+            data[i]
+
+
+def test_only_answers_count_among_the_targets_of_a_chat(folder):
+    data = TokenData(folder, "train", 10)
+    ids, targets = inputs_and_targets(data, 0)
+    assert ids.tolist() == list(range(10, 20)) and targets.tolist() == list(range(11, 21))
+    ids, targets = inputs_and_targets(data, 8)  # the second sample of the chat
+    assert ids.tolist() == list(range(110, 120)) and targets.tolist() == [*range(111, 120), -1]
+    ids, targets = inputs_and_targets([np.arange(5)], 0)  # a row of ids, without a mask
+    assert ids.tolist() == [0, 1, 2, 3] and targets.tolist() == [1, 2, 3, 4]
+    assert not data.mostly_chat() and not TokenData(folder, "val", 10).mostly_chat()
+
+
+@pytest.mark.parametrize("max_tokens, n", [(1, 1), (16, 4), (1000, 10)])
+def test_evenly_spaced_samples_reach_from_the_first_to_the_last(max_tokens, n):
+    numbers = evenly_spaced([np.zeros(5)] * 10, max_tokens)
+    assert len(numbers) == n and numbers[0] == 0 and (n == 1 or numbers[-1] == 9)
+    assert len(set(np.diff(numbers) // 3)) <= 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def test_damaged_shards_are_named(folder):
+    path, damaged = folder / "a.tokens.npy", "a.tokens.npy is missing or damaged: delete"
+    whole = path.read_bytes()
+    for content in (b"", whole[:-2], whole[:50]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=damaged):
+            TokenData(folder, "train", 8)
+    np.save(path, np.zeros(74, dtype=np.int64))
+    with pytest.raises(ValueError, match=damaged):
+        TokenData(folder, "train", 8)
+    path.unlink()
+    with pytest.raises(ValueError, match=damaged):
+        TokenData(folder, "train", 8)
+
+
+def test_a_flipped_bit_is_found_by_a_hash_of_its_file(folder):
+    path = folder / "a.tokens.npy"
+    flipped = bytearray(path.read_bytes())
+    flipped[-100] ^= 1
+    path.write_bytes(flipped)
+    data = TokenData(folder, "train", 8)
+    data.check_hashes(max_bytes=0)
+    with pytest.raises(ValueError, match="a.tokens.npy is missing or damaged"):
+        data.check_hashes()
+    # The processes of a node share the files: exactly one finds it. In a large corpus the seed chooses what to hash.
+    by_part = [finds_damage(data, part=part, parts=3) for part in range(3)]
+    assert sorted(by_part) == [False, False, True]
+    by_seed = [finds_damage(data, max_bytes=len(flipped), seed=seed) for seed in range(40)]
+    assert any(by_seed) and not all(by_seed)
+
+
+def finds_damage(data, **choice):
+    try:
+        data.check_hashes(**choice)
+    except ValueError:
+        return True
+    return False
+
+
+def test_a_damaged_manifest_is_refused(folder):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    for content in ("", "{", "[]", "null", "{}", json.dumps({k: manifest[k] for k in manifest if k != "ledger"})):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match="manifest.json is damaged or of another version"):
+            TokenData(folder, "train", 8)
+    path.unlink()
+    with pytest.raises(ValueError, match="no data in .*: python prepare.py FILE_OR_DIR"):
+        TokenData(folder, "train", 8)
+
+
+@pytest.mark.parametrize("name", ["../a", "/etc/passwd", "sub/a"])
+def test_a_manifest_cannot_lead_out_of_its_folder(folder, name):
+    manifest = read_manifest(folder)
+    manifest["shards"][0]["name"] = name
+    write_manifest(folder, manifest)
+    with pytest.raises(ValueError, match=f"names {name}, which is not a file of its folder: do not use it"):
+        TokenData(folder, "train", 8)
+
+
+def test_a_pickle_in_the_place_of_a_shard_is_not_run(folder, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    np.save(folder / "a.tokens.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="missing or damaged"):
+        TokenData(folder, "train", 8)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_block_beyond_the_data_is_refused_with_the_numbers(folder):
+    assert len(TokenData(folder, "val", 50)) == 1
+    with pytest.raises(ValueError, match="a block of 51 needs 52 tokens, the longest val shard has 51"):
+        TokenData(folder, "val", 51)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Order
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 1000, 4097, 65_536])
+def test_data_order_is_a_bijection(n):
+    order = data_order(np.arange(n), n, seed=3)
+    assert np.array_equal(np.sort(order), np.arange(n))
+    assert [data_order(i, n, 3) for i in range(min(n, 20))] == order[:20].tolist()
+    if n >= 1000:
+        assert not np.array_equal(order, data_order(np.arange(n), n, seed=4))
+        # As scattered as a random permutation: neighbours are n / 3 apart on average (standard error 0.24 n / sqrt(n)).
+        assert abs(np.abs(np.diff(order)).mean() / n - 1 / 3) < 5 * 0.24 / n**0.5
+
+
+def test_data_order_at_sizes_whose_permutation_could_not_be_stored():
+    n = 10**15 + 37
+    order = data_order(np.arange(100_000), n, seed=0)
+    assert order.min() >= 0 and order.max() < n and len(set(order.tolist())) == 100_000
+    with pytest.raises(ValueError, match="outside"):
+        data_order(5, 5, 0)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_an_epoch_serves_every_sample_once_at_any_world_size(world):
+    samples = [np.full(3, i) for i in range(100)]
+    batch, per_rank = 12, 12 // world
+    served = []
+    for step, rank in itertools.product(range(25), range(world)):
+        ids, targets = batch_at(samples, [[100, 0]], 7, step * batch + rank * per_rank, per_rank)
+        assert ids.shape == targets.shape == (per_rank, 2)
+        served += ids[:, 0].tolist()
+    for epoch in range(3):
+        assert Counter(served[epoch * 100 : epoch * 100 + 100]) == Counter(range(100))
+    assert served[:100] != served[100:200]  # epochs differ
+    ids, _ = batch_at(samples, [[100, 0]], 7, 0, 300)  # and steps are the same at any world size
+    assert served == ids[:, 0].tolist()
+
+
+@pytest.mark.parametrize("world, n_micro, micro_batch", [(1, 6, 2), (2, 3, 2), (3, 1, 4)])
+def test_the_loader_gives_each_rank_its_part_of_each_step(world, n_micro, micro_batch):
+    samples, phases = [np.arange(i, i + 4) for i in range(50)], [[50, 24]]
+    loaders = [batches(samples, phases, 7, Ranks(rank, world), n_micro, micro_batch) for rank in range(world)]
+    for step in range(5):
+        parts = [part for loader in loaders for part in next(loader)]
+        assert len(parts) == world * n_micro and all(ids.shape == (micro_batch, 3) for ids, _ in parts)
+        expected = batch_at(samples, phases, 7, 24 + 12 * step, 12)  # 24 are served already
+        for got, whole in zip(zip(*parts), expected):
+            assert np.array_equal(np.concatenate(got), whole)
+
+
+def test_samples_added_during_an_epoch_and_the_rest_of_it_are_served_once():
+    rng = random.Random(0)
+    for _ in range(200):
+        phases, served, size = [], [], 0
+        for _ in range(rng.randrange(1, 5)):  # the data grow up to three times, at any moment
+            size += rng.randrange(1, 40)
+            phases.append((size, 0))
+            count = rng.randrange(0, 100)
+            served.append([sample_at(i, phases, "seed") for i in range(count)])
+            phases[-1] = (size, count)
+        # What must come, kept slowly: a list that each epoch empties.
+        rest, before = [], 0
+        for (n, _), numbers in zip(phases, served):
+            rest, before = rest + list(range(before, n)), n
+            for number in numbers:
+                rest = rest or list(range(n))
+                rest.remove(number)  # an error if it is served twice in an epoch
+        assert unserved(phases) == len(rest)
