@@ -76,30 +76,23 @@ class Config:
         return self.window - 1 if self.ffn == "soft_moe" and self.dispatch == "causal" else 0
 
     @property
-    def matrices_per_expert(self):
-        return 3 if self.expert == "swiglu" else 4
-
-    @property
     def expert_width(self):
-        return self.d_expert or 8 * math.ceil(self.d_model / self.matrices_per_expert / self.n_expert)
+        return self.d_expert or 8 * math.ceil(self.d_model / (3 if self.expert == "swiglu" else 4) / self.n_expert)
 
     @property
     def d_dense(self):
         """Width of the dense SwiGLU with the parameters of all experts."""
-        return self.matrices_per_expert * self.n_expert * self.expert_width // 3
+        return (3 if self.expert == "swiglu" else 4) * self.n_expert * self.expert_width // 3
 
 
 PRESETS = {
     "demo": Config(),
     "small": Config(
-        n_layer=12, d_model=768, n_head=12, n_kv_head=12, vocab_size=16_384, block_size=1024, tie_embeddings=True
-    ),
+        n_layer=12, d_model=768, n_head=12, n_kv_head=12, vocab_size=16_384, block_size=1024, tie_embeddings=True),
     "steel-1b": Config(  # arXiv 2502.06635, section 3
         n_layer=18, d_model=1792, n_head=32, n_kv_head=32, vocab_size=151_936, block_size=2048,
-        n_expert=6, d_expert=448, expert="swiglu2", rope_base=1_000_000.0,
-    ),
+        n_expert=6, d_expert=448, expert="swiglu2", rope_base=1_000_000.0),
 }  # fmt: skip
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Positions, cache, attention
 
@@ -142,10 +135,10 @@ class Cache:
     def __init__(self, config, batch, max_len, device, dtype):
         like, layers = {"device": device, "dtype": dtype}, range(config.n_layer)
         self.max_len, self.length = max_len, 0  # tokens read so far, the same in every row of the batch
-        self.start = torch.zeros(batch, 1, dtype=torch.long, device=device)  # of the document that is being read
-        self.bounded = config.reset_id >= 0  # whether start can be other than 0
-        size = batch, config.n_kv_head, max_len, config.d_model // config.n_head
-        self.k = [torch.zeros(size, **like) for _ in layers]
+        # Where the document that is being read starts, and whether that can be other than 0.
+        self.start, self.bounded = torch.zeros(batch, 1, dtype=torch.long, device=device), config.reset_id >= 0
+        K = config.d_model // config.n_head
+        self.k = [torch.zeros(batch, config.n_kv_head, max_len, K, **like) for _ in layers]
         self.v = [torch.zeros_like(k) for k in self.k]
         # Router logits and first-matrix outputs of the last W - 1 tokens: more numbers than x, but nothing to redo.
         widths = config.n_expert * config.slots_per_expert, config.n_expert * 2 * config.expert_width
@@ -224,21 +217,26 @@ class SoftMoE(nn.Module):
         self.w_out = nn.Parameter(torch.empty(E, h, D) if config.expert == "swiglu" else torch.empty(2, E, h, D))
 
     def forward(self, x, place, cache=None, layer=0):
-        """x [B, T, D], RMS-normed -> [B, T, D]."""
-        look_back, T = self.window - 1, x.shape[1]
+        B, T, D = x.shape  # RMS-normed
+        look_back, absent = self.window - 1, place.absent
+        if cache is None:  # all texts in one row, as memory is: else the compiled layer would copy slices for backward
+            x = x.reshape(1, B * T, D)
+            absent = absent.expand(-1, B, T, 1).reshape(-1, 1, B * T, 1) if look_back else None
         logits, u = self.router_logits(x), F.linear(x, self.w_in.flatten(0, 2))
         if look_back and cache is None:  # the first windows need something to read with weight 0
             logits, u = (F.pad(a, (0, 0, look_back, 0)) for a in (logits, u))
         elif look_back:
             logits, u = (torch.cat(pair, dim=1) for pair in zip(cache.recent[layer], (logits, u)))
             cache.recent[layer] = [a[:, T:].clone() for a in (logits, u)]
-        u = u.unflatten(-1, (self.n_expert, 1, 2, -1))  # [B, W - 1 + T, E, 1, 2, h]
+        u = u.unflatten(-1, (self.n_expert, 1, 2, -1))  # [B, W - 1 + T, E, 1, 2, h], or B T in one row
         combine = (logits[:, look_back:].softmax(-1) * self.n_expert).to(u.dtype)
         combine = combine.unflatten(-1, (self.n_expert, -1, 1))  # [B, T, E, P, 1]
-        weights = self.window_weights(logits, place.absent, u.dtype) if look_back else None  # [W, B, T, E, P]
+        weights = self.window_weights(logits, absent, u.dtype) if look_back else None  # [W, B, T, E, P]
         if self.w_out.ndim == 3 and torch.is_grad_enabled():  # keep only u for backward: the rest is cheap to redo
-            return recompute(self.experts, u, weights, combine, use_reentrant=False, preserve_rng_state=False)
-        return self.experts(u, weights, combine)
+            y = recompute(self.experts, u, weights, combine, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y = self.experts(u, weights, combine)
+        return y.view(B, T, D)
 
     def router_logits(self, x):
         """[B, T, D] -> [B, T, S], in fp32 at least."""
@@ -320,8 +318,7 @@ class WindowMix(torch.autograd.Function):
 
 def window_mix(u, weights):
     """Sum over the window of weight * u: u [B, W - 1 + T, ...], weights [W, B, T, ...] -> [B, T, ...]."""
-    T = weights.shape[2]
-    mixed = weights[0] * u[:, :T]
+    T, mixed = weights.shape[2], weights[0] * u[:, : weights.shape[2]]
     for k in range(1, len(weights)):
         mixed = torch.addcmul(mixed, weights[k], u[:, k : k + T])
     return mixed
@@ -380,8 +377,9 @@ def softmax_gradient(logits, targets, dtype, with_gradient):
     if not with_gradient:
         return nats, None
     p *= counted / norm
-    if p.is_cuda:  # where it is compiled: scatter_add would write p once more, in fp32
-        return nats, (p - (torch.arange(p.shape[1], device=p.device) == index) * counted).to(out_dtype)
+    if torch.compiler.is_compiling():  # all in one kernel: scatter_add would write p once more, in fp32
+        one_hot = torch.arange(p.shape[1], device=p.device) == index
+        return nats, (p - (one_hot & counted).to(p.dtype)).to(out_dtype)
     return nats, p.scatter_add_(1, index, -counted.to(p.dtype)).to(out_dtype)
 
 
@@ -397,14 +395,19 @@ def cross_entropy(hidden, weight, targets, reduction="mean", chunk=None, softmax
     return total if reduction == "sum" else total / (targets >= 0).sum().clamp(min=1)
 
 
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):  # FSDP gathers weights in bf16, and torch's fast kernel wants one dtype
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Block(nn.Module):
     recompute = False  # whether to keep only x for backward (activation checkpointing)
 
     def __init__(self, config):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.attention = Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.ffn_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.ffn = (Dense if config.ffn == "dense" else SequenceSoftMoE if config.reads_ahead else SoftMoE)(config)
 
     def forward(self, x, place, cache, layer):
@@ -423,7 +426,7 @@ class Decoder(nn.Module):
         self.config, self.has_cache = config, not config.reads_ahead
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
         if not config.tie_embeddings:
             self.head = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.softmax_gradient = softmax_gradient
@@ -450,9 +453,7 @@ class Decoder(nn.Module):
 
     def forward(self, ids, targets=None, cache=None, reduction="mean"):
         """ids [B, T] -> logits [B, T, V]; with targets [B, T] (-1: not counted) -> nats, mean or "sum".
-
-        With a cache, ids continue what it holds; prompts of unequal length are padded on the left with -1.
-        """
+        With a cache, ids continue what it holds; prompts of unequal length are padded on the left with -1."""
         hidden = self.hidden_states(ids, cache)
         if targets is None:
             return F.linear(hidden, self.head_weight)

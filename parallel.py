@@ -193,6 +193,7 @@ def apply_fsdp(model, device, world):
     fully_shard(model, mesh=mesh, shard_placement_fn=placement)
     for module in (*model.blocks, model):
         module.set_gradient_divide_factor(1.0)  # gradients are summed, and divided once by the targets of the step
+        module.set_force_sum_reduction_for_comms(True)  # a factor of 1 is otherwise an operation that gloo lacks
 
 
 def shard_dim(p, world):

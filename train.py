@@ -322,7 +322,7 @@ def gradients(model, micro_batches, args, ranks, device):
     if args.exact:
         nats, count, *sums = exact_sums(micro_sums, len(micro_batches), ranks)
         for p, gradient in zip(params, sums):
-            p.grad = gradient
+            p.grad = gradient.contiguous()  # fused AdamW on a CPU reads it in the order of memory
         return nats, count
     totals = torch.zeros(2, device=device)
     for i in range(len(micro_batches)):

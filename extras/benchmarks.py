@@ -260,6 +260,16 @@ def new_tokens(task, context):
 # Answers
 
 
+def repeat_cache(model, cache, batch, max_len):
+    """Copy a cache of one text for a batch of texts that begin with it, with room for max_len positions."""
+    copy = model.new_cache(batch, max_len)
+    copy.length, copy.bounded, copy.start = cache.length, cache.bounded, cache.start.repeat(batch, 1)
+    for new, old in zip(copy.k + copy.v, cache.k + cache.v):
+        new[:, :, : cache.length] = old[:, :, : cache.length]
+    copy.recent = [[a.repeat(batch, 1, 1) for a in recent] for recent in cache.recent]
+    return copy
+
+
 @torch.no_grad()
 def last_states(model, rows, counts):
     """Yield the final hidden states of the last counts[i] ids of rows[i], [counts[i], D].
@@ -276,7 +286,7 @@ def last_states(model, rows, counts):
     for start in range(0, len(rows), batch):
         rests = [torch.tensor(row[len(shared) :]) for row in rows[start : start + batch]]
         ids = torch.nn.utils.rnn.pad_sequence(rests, batch_first=True).to(device)
-        states = model.hidden_states(ids, prefix.repeat(len(rests), len(shared) + ids.shape[1]))
+        states = model.hidden_states(ids, repeat_cache(model, prefix, len(rests), len(shared) + ids.shape[1]))
         for i, rest in enumerate(rests):
             yield states[i, len(rest) - counts[start + i] : len(rest)]
 

@@ -30,6 +30,7 @@ ROWS = [
     ("small", "dense"),
     ("small", "causal"),
     ("small", "transformers"),
+    ("350m", "dense"),
     ("350m", "causal"),
     ("steel-1b", "dense"),
     ("steel-1b", "causal"),
@@ -154,7 +155,7 @@ def measure(name, kind, with_parts):
 
 
 def decode_rows(name="small", prompt=64, new=128):
-    """Greedy decoding behind a prompt: tokens/s at batch 1 and 64, bf16 weights, of ours compiled and of transformers."""
+    """Greedy decoding behind a prompt, bf16 weights: tokens/s at batch 1 and 64, ours compiled, and transformers."""
     config, rows = MODELS[name][0], []
     for kind in ("dense", "causal", "transformers"):
         shape = replace(config, ffn="soft_moe" if kind == "causal" else "dense")
@@ -205,12 +206,12 @@ def benchmark_gpu(args):
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
+    print_table(result)
     result["decode"] = decode_rows()
     result["seconds"] = time.perf_counter() - start
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1)
-    print_table(result)
 
 
 COLUMNS = ("tokens/s", "mfu", "memory GB", "micro-batch ms", "end of step ms", "attention", "feed-forward", "loss")

@@ -1,8 +1,10 @@
 """Fixtures: the repository, the default data prepared for real, and ways to run its commands."""
 
 import contextlib
+import hashlib
 import importlib
 import io
+import json
 import os
 import shutil
 import signal
@@ -26,7 +28,9 @@ TINY = (
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="how many kill -9 the run in test_train.py has to survive")
-    parser.addoption("--strings", type=int, default=3000, help="how many strings to compare with transformers' tokenizers")
+    parser.addoption(
+        "--strings", type=int, default=3000, help="how many strings to compare with transformers' tokenizers"
+    )
 
 
 def run(*command, cwd=ROOT, input=None, **environment):
@@ -51,7 +55,7 @@ def python(*command, ok=True, **kwargs):
 
 
 def call(script, *argv, ok=True):
-    """Run `python SCRIPT ARGV` (or `python -m extras.NAME ARGV`) in this process, without the seconds to import torch."""
+    """Run `python SCRIPT ARGV` or `python -m extras.NAME ARGV` in this process, to spare the import of torch."""
     out, err = io.StringIO(), io.StringIO()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -122,3 +126,36 @@ def small_data(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run has left, read without the code under test
+
+
+def weights(run, step):
+    """sha256 over the tensors of model and optimizers of a checkpoint."""
+    path = run / f"step-{step:08d}"
+    model = torch.load(path / "model.pt", weights_only=True)
+    optimizers = torch.load(path / "optimizer.pt", weights_only=True)
+    digest = hashlib.sha256()
+    for name, tensor in model.items():
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    for optimizer in optimizers:
+        for state in optimizer["state"].values():
+            for tensor in state.values():
+                digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def log_lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def losses(run):
+    return [line["loss"] for line in log_lines(run) if "loss" in line]
+
+
+def what_a_run_leaves(run, step):
+    """The bits of a checkpoint, and the log without times."""
+    times = ("ms", "seconds", "tokens_per_second")
+    return weights(run, step), [{k: v for k, v in line.items() if k not in times} for line in log_lines(run)]

@@ -1,14 +1,12 @@
 """On a GPU: python -m pytest -m cuda. Elsewhere these tests are skipped; the CPU has tests of the same properties."""
 
-import json
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, call
-from test_train import what_a_run_leaves
+from conftest import ROOT, TINY, call, losses, what_a_run_leaves
 
 from data import TokenData, batches
 from extras.plan import plan_bytes
@@ -112,13 +110,6 @@ def test_no_step_waits_for_the_gpu(small_data, optimizer):
 
 
 CUDA = [flag for flag in TINY if flag != "--no-compile"] + "--device cuda --save-every 4 --eval-every 4".split()
-    "--device",
-    "cuda",
-    "--save-every",
-    "4",
-    "--eval-every",
-    "4",
-]
 
 
 def test_a_run_killed_on_the_gpu_resumes_to_the_same_bits(small_data, tmp_path):
@@ -147,8 +138,7 @@ def test_two_processes_on_one_gpu_give_the_loss_of_one(small_data, tmp_path):
     call("train.py", "--out", tmp_path / "one", *flags)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "train.py"]
     subprocess.run(list(map(str, [*command, "--out", tmp_path / "two", *flags])), cwd=ROOT, check=True)
-    one, two = ([json.loads(line) for line in open(tmp_path / n / "metrics.jsonl")] for n in ("one", "two"))
-    assert [line.get("loss") for line in two] == pytest.approx([line.get("loss") for line in one], abs=2e-3)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-3)
 
 
 def test_the_memory_of_a_step_is_the_plans(tmp_path):

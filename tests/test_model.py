@@ -1,4 +1,4 @@
-"""The decoder: causality, decoding, the limits of the Soft MoE, the loss. Each is compared with something independent."""
+"""The decoder: causality, decoding, the limits of the Soft MoE, the loss: compared with something independent."""
 
 import math
 import os
@@ -19,6 +19,7 @@ from model import (
     Config,
     Decoder,
     Dense,
+    SequenceSoftMoE,
     SoftMoE,
     causal_moe_definition,
     cross_entropy,
@@ -326,7 +327,8 @@ def test_the_fused_layer_is_its_definition_at_any_size_and_with_extreme_routers(
 )
 def test_huge_logits_give_no_nan(changes, precision):
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    layer = randomized(SoftMoE(replace(SMALL, **changes))).to(dtype)
+    config = replace(SMALL, **changes)
+    layer = randomized((SequenceSoftMoE if config.reads_ahead else SoftMoE)(config)).to(dtype)
     for scale in (1e2, 1e4, -1e4):
         with torch.no_grad():
             layer.scale.fill_(scale)
@@ -387,7 +389,7 @@ def test_a_window_of_one_is_token_dispatch():
 def test_a_window_over_the_whole_text_is_the_published_layer_at_its_end(expert):
     T = 10
     causal = randomized(SoftMoE(replace(SMALL, window=T + 3, expert=expert, slots_per_expert=2)).double())
-    published = SoftMoE(replace(SMALL, dispatch="sequence", expert=expert, slots_per_expert=2)).double()
+    published = SequenceSoftMoE(replace(SMALL, dispatch="sequence", expert=expert, slots_per_expert=2)).double()
     causal.recency.zero_()
     published.load_state_dict({k: v for k, v in causal.state_dict().items() if k != "recency"})
     x = F.normalize(torch.randn(2, T, 24, dtype=torch.float64), dim=-1)  # the published experts read unit-length inputs

@@ -1,0 +1,187 @@
+"""How a command ends, files that are whole or not there, and locks."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, run
+
+import common
+from common import choose_device, exit_code, lock_file, one_line, read_text, sha256_of, write_atomically
+from model import Config
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How a command ends
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+from common import run_command
+
+def main(argv=None):
+    {body}
+
+run_command(main)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Write a command whose main() has this body -> its path."""
+
+    def write(body):
+        path = tmp_path / "command.py"
+        path.write_text(SCRIPT.format(root=str(ROOT), body=body), encoding="utf-8")
+        return path
+
+    return write
+
+
+def fail(error):
+    def main(argv=None):
+        raise error
+
+    return main
+
+
+@pytest.mark.quick
+def test_a_mistake_ends_with_one_line_and_code_1(capsys):
+    for error, line in (
+        (ValueError("--lr -1: expected 0 or more"), "--lr -1: expected 0 or more"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.txt"), "a.txt: No such file or directory"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (OSError("the download is damaged"), "the download is damaged"),
+    ):
+        assert exit_code(fail(error)) == 1 and one_line(error) == line
+        assert capsys.readouterr().err == line + "\n"
+
+
+@pytest.mark.quick
+def test_the_exit_code_is_what_main_returns():
+    for returned, code in ((None, 0), (0, 0), (1, 1), (3, 3)):
+        assert exit_code(lambda argv: returned) == code
+    assert exit_code(lambda argv: len(argv), ["a", "b"]) == 2
+
+
+@pytest.mark.quick
+def test_a_bug_is_not_taken_for_a_mistake_of_the_user():
+    for error in (TypeError("x"), KeyError("x"), RuntimeError("x"), SystemExit(2)):
+        with pytest.raises(type(error)):
+            exit_code(fail(error))
+
+
+@pytest.mark.quick
+def test_libraries_raise_value_errors_that_main_lets_pass():
+    def main(argv=None):
+        Config(n_layer=0)
+
+    with pytest.raises(ValueError, match="model configuration: n_layer = 0, expected a positive number"):
+        main()  # a SystemExit would be no ValueError
+    assert exit_code(main) == 1
+
+
+@pytest.mark.quick
+def test_no_module_ends_the_program_by_itself():
+    """Only the functions that stand under `if __name__ == "__main__"` do, and the process that a signal has ended."""
+    for path in (path for pattern in ("*.py", "corpus/*.py", "extras/*.py") for path in ROOT.glob(pattern)):
+        source = path.read_text(encoding="utf-8")
+        assert "raise SystemExit" not in source, path
+        assert "sys.exit(" not in source or path.name in ("common.py", "parallel.py"), path
+
+
+def test_a_command_prints_one_line_and_with_dev_mode_the_traceback(script):
+    path = script('print("before"); raise ValueError("the line")')
+    result = run(sys.executable, path)
+    assert (result.returncode, result.stdout, result.stderr) == (1, "before\n", "the line\n")
+    result = run(sys.executable, "-X", "dev", path)
+    assert result.returncode == 1 and "Traceback" in result.stderr and "ValueError: the line" in result.stderr
+
+
+def test_a_closed_pipe_ends_a_command_quietly(script):
+    path = script('[print("a line", i, flush=True) for i in range(1_000_000)]')
+    process = subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"a line 0\n"
+    process.stdout.close()  # as `| head -1` does
+    assert process.stderr.read() == b"" and process.wait(timeout=60) == -signal.SIGPIPE
+
+
+def test_ctrl_c_ends_a_command_quietly(script):
+    path = script('import time; print("ready", flush=True); time.sleep(60)')
+    process = subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == (b"", b"") and process.returncode == -signal.SIGINT
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@pytest.mark.quick
+def test_read_text_keeps_line_ends_and_refuses_other_encodings(tmp_path):
+    path = tmp_path / "a.txt"
+    for text in ("", "却说\r\n曹操\n\r", "\ufeffa"):
+        path.write_bytes(text.encode("utf-8"))
+        assert read_text(path) == text
+    path.write_bytes("滚滚长江".encode("gb18030"))
+    with pytest.raises(ValueError, match=f"{path} is not UTF-8 .byte 0.: convert it, e.g. iconv -f gb18030 -t utf-8"):
+        read_text(path)
+    with pytest.raises(FileNotFoundError):
+        read_text(tmp_path / "none")
+
+
+def test_read_text_of_standard_input(script):
+    path = script("from common import read_text; sys.stdout.write(ascii(read_text(0)))")
+    result = subprocess.run([sys.executable, path], input="却\r\n".encode(), capture_output=True)
+    assert result.stdout == rb"'\u5374\r\n'"
+    result = subprocess.run([sys.executable, path], input=b"a\xff", capture_output=True)
+    assert result.returncode == 1 and result.stderr.startswith(b"standard input is not UTF-8 (byte 1)")
+
+
+@pytest.mark.quick
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    write_atomically(path, b"old")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.os, "fsync", full)
+        with pytest.raises(OSError):
+            write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["a"]
+    assert sha256_of(path) == "11507a0e2f5e69d5dfa40a62a1bd7b6ee57e6bcd85c67c9b8431b36fff21c437"
+
+
+@pytest.mark.quick
+def test_a_lock_is_held_until_the_file_is_closed(tmp_path):
+    first, second = (open(tmp_path / "lock", "ab") for _ in range(2))
+    with first, second:
+        assert lock_file(first)
+        begin = time.monotonic()
+        assert not lock_file(second) and not lock_file(second, wait=0.2)
+        assert 0.2 <= time.monotonic() - begin < 5
+        first.close()
+        assert lock_file(second)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+@pytest.mark.quick
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    assert choose_device("auto") == choose_device("cpu") == "cpu"
+    with pytest.raises(ValueError, match="--device cuda: there is none here; expected one of cpu"):
+        choose_device("cuda")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert choose_device("auto") == "cuda"
