@@ -159,10 +159,11 @@ class State:
         self.worst = torch.maximum(self.worst, self.in_a_row)
         return bad | empty
 
-    def check(self, run):
-        """ValueError where MAX_SKIPPED steps in a row were bad: the run ends."""
+    def check(self, saver):
+        """ValueError where MAX_SKIPPED steps in a row were bad: the run ends. Waits for the device."""
         if self.worst.item() >= MAX_SKIPPED:
-            good = (sorted(run.glob("step-*"))[-1:] or ["none"])[0]
+            saver.wait()
+            good = (sorted(saver.run.glob("step-*"))[-1:] or ["none"])[0]
             raise ValueError(
                 f"{MAX_SKIPPED} steps in a row had a loss or a gradient that cannot be right: the run ends at step "
                 f"{self.step}. The last good checkpoint is {good}: go on from there with a smaller --lr, or look at "

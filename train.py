@@ -461,7 +461,7 @@ def main(argv=None):
 
         log_now = state.due(args.log_every) or state.step == 1
         if log_now or state.due(args.save_every) or state.due(args.eval_every):
-            state.check(run)  # waits for the device
+            state.check(saver)  # waits for the device
         state.seconds += stop.agree(time.perf_counter() - clock)
         if log_now:
             reporter.line(state, loss.item(), norm.item(), lr)
@@ -472,7 +472,7 @@ def main(argv=None):
             saver.save(model, optimizers, state.read() | constants)
         clock = time.perf_counter()
 
-    state.check(run)
+    state.check(saver)
     if saver.last != state.step or not saver.wait():
         saver.save(model, optimizers, state.read() | constants)
     whole = saver.wait()

@@ -5,17 +5,23 @@ import hashlib
 import importlib
 import io
 import json
+import multiprocessing
 import os
+import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
-from common import exit_code
+from common import can_compile, exit_code
 from corpus.default import fetch, read_novel
 
 ROOT = Path(__file__).parent.parent
@@ -126,6 +132,7 @@ def small_data(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # with more, the steps of a tiny model take seconds on a busy machine
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -159,3 +166,110 @@ def what_a_run_leaves(run, step):
     """The bits of a checkpoint, and the log without times."""
     times = ("ms", "seconds", "tokens_per_second")
     return weights(run, step), [{k: v for k, v in line.items() if k not in times} for line in log_lines(run)]
+
+
+def state_of(run, step):
+    """state.json of a checkpoint."""
+    return json.loads((run / f"step-{step:08d}" / "state.json").read_text(encoding="utf-8"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs of train.py
+
+
+def train(data, out, *flags, ok=True):
+    """Run train.py in this process with the TINY model, or what flags make of it."""
+    return call("train.py", "--data", data, "--out", out, *TINY, *flags, ok=ok)
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["conftest", "train", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor"]
+)
+
+
+class Started:
+    """A process that runs a script as __main__: forked from one that has only imported torch, which spares 3 seconds.
+
+    It has what the tests use of subprocess.Popen.
+    """
+
+    def __init__(self, script, argv, environment):
+        (stdout, child_stdout), (stderr, child_stderr) = (FORKS.Pipe(duplex=False) for _ in range(2))
+        job = script, [str(part) for part in argv], environment, child_stdout, child_stderr
+        self.process = FORKS.Process(target=run_script, args=job, daemon=True)
+        with mock.patch.dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}", OMP_NUM_THREADS="1"):
+            self.process.start()  # the first one starts the server too, which needs a path for its imports
+        child_stdout.close()
+        child_stderr.close()
+        self.stdout, self.stderr = (os.fdopen(os.dup(end.fileno()), encoding="utf-8") for end in (stdout, stderr))
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def poll(self):
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def kill(self):
+        self.process.kill()
+
+    def communicate(self, timeout=300):
+        """Wait for its end -> the rest of stdout and stderr. It is killed after timeout seconds."""
+        timer = threading.Timer(timeout, self.kill)
+        timer.start()
+        output = self.stdout.read(), self.stderr.read()
+        self.process.join()
+        timer.cancel()
+        return output
+
+    def wait_for(self, start):
+        """Read stdout up to the first line that begins so."""
+        while not (line := self.stdout.readline()).startswith(start):
+            assert line, f"ended before {start!r}: {self.stderr.read()}"
+
+
+def run_script(script, argv, environment, stdout, stderr):
+    os.chdir(ROOT)
+    os.environ.update(environment)
+    for number, end in ((1, stdout), (2, stderr)):
+        os.dup2(end.fileno(), number)
+        end.close()
+    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
+    sys.argv = [str(script), *argv]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def start(world, script, *argv):
+    """Start the processes of a run, with what torchrun would set; each computes with one thread."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        rendezvous = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(world)}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)} for rank in range(world)]
+    return [Started(script, argv, rendezvous | rank) for rank in ranks]
+
+
+def finish(processes):
+    """Wait until all have ended well -> what rank 0 printed."""
+    outputs = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return outputs[0][0]
+
+
+@pytest.fixture(scope="session")
+def whole_run(small_data, tmp_path_factory):
+    """A run of 8 steps without a break (.out), and what it printed (.stdout)."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    result = train(small_data, out, "--steps", 8, "--save-every", 4, "--eval-every", 4)
+    return SimpleNamespace(out=out, stdout=result.stdout)
+
+
+@pytest.fixture
+def compiler():
+    """Skip a test where torch.compile does not work; compile nothing from an earlier test."""
+    if not can_compile("cpu"):  # train.py runs eagerly then
+        pytest.skip("torch.compile needs a C++ compiler and Python's headers: apt install g++ python3-dev")
+    torch.compiler.reset()

@@ -202,12 +202,12 @@ def test_torchrun_hands_a_signal_on_to_its_processes(small_data, tmp_path):
 @pytest.mark.parametrize("world", [1, 2])
 def test_sigterm_ends_an_evaluation(default_data, tmp_path, world):
     """The last one is of 174,000 tokens, seconds of work. Resumed, the run does nothing else."""
-    flags = ["--data", default_data, "--out", tmp_path, *TINY, "--n-layer", 8, "--n-head", 1]
+    flags = ["--data", default_data, "--out", tmp_path, *TINY, "--n-layer", 4, "--n-head", 1]
     processes = start(world, "train.py", *flags, "--steps", 1)
     while not (tmp_path / "step-00000001").exists():
         assert processes[0].poll() is None
         time.sleep(0.01)
-    time.sleep(0.2)
+    time.sleep(0.1)
     for process in processes:
         process.send_signal(signal.SIGTERM)
     output = finish(processes)
