@@ -6,6 +6,7 @@
     python -m extras.speed scale --png FILE   # cost of a token against the number of parameters and the length of text
     python -m extras.speed run                # runs of train.py: start, --resume, loading, saving, two processes
     python -m extras.speed data               # the data stage: tokenising, cleaning, near copies, processes, memory
+    python -m extras.speed gpu                # this GPU: training and decoding by model and part, beside transformers
     python -m extras.speed curve out/demo out/baseline --png FILE   # val bits per byte against minutes of training
 
 Shapes: B batch, T time.
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from common import can_compile, choose_device, keep_large_buffers, run_command
+from extras.gpu import benchmark_gpu
 from extras.plot import pyplot
 from extras.speed_data import benchmark_data
 from extras.speed_runs import benchmark_run, draw_curves
@@ -29,7 +31,7 @@ from extras.timing import autocast, median_seconds, peak_memory
 from model import PRESETS, Config, Decoder, Dense, SoftMoE, place_tokens, softmax_gradient
 from sample import generate
 
-COMMANDS = ("layer", "speed", "scale", "run", "data", "curve")
+COMMANDS = ("layer", "speed", "scale", "run", "data", "curve", "gpu")
 
 
 def get_args(argv=None):
@@ -46,6 +48,7 @@ def get_args(argv=None):
     add("--repeats", type=int, default=15, help="measurements, of which the median is printed")
     add("--megabytes", type=float, default=24, help="of text for the data stage")
     add("--documents", type=int, default=10_000_000, help="made-up documents to search for copies")
+    add("--json", metavar="FILE", help="where gpu saves what it measured")
     add("--png", metavar="FILE", help="where to draw the curves of scale and curve (needs matplotlib)")
     add("--compile", action=argparse.BooleanOptionalAction, help="default: where a compiler is found")
     args = parser.parse_intermixed_args(argv)
@@ -360,6 +363,7 @@ def main(argv=None):
         "run": benchmark_run,
         "data": benchmark_data,
         "curve": draw_curves,
+        "gpu": benchmark_gpu,
     }
     commands[args.what](args)
 

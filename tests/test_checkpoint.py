@@ -211,15 +211,16 @@ def test_a_state_that_was_read_and_created_again_judges_alike():
 
 @pytest.mark.quick
 def test_five_bad_steps_in_a_row_are_noticed_at_the_next_check():
-    state, run = State.create("cpu", [[10, 0]]), Path("none")
+    state = State.create("cpu", [[10, 0]])
+    saver = SimpleNamespace(run=Path("none"), wait=lambda: True)
     for losses, ends in (([math.nan] * 4, False), ([5.0], False), ([math.nan] * 5 + [5.0], True)):
         for loss in losses:
             state.judge(torch.tensor(loss), torch.tensor(1.0), torch.tensor(8))
         if ends:
             with pytest.raises(ValueError, match="5 steps in a row had .* The last good checkpoint is none: go on"):
-                state.check(run)
+                state.check(saver)
         else:
-            state.check(run)
+            state.check(saver)
 
 
 @pytest.mark.quick

@@ -142,7 +142,7 @@ def test_two_processes_on_one_gpu_give_the_loss_of_one(small_data, tmp_path):
 
 
 def test_the_memory_of_a_step_is_the_plans(tmp_path):
-    """steel-1b, one micro-batch of 4: what the GPU holds at most, within 10 % of what --dry-run computes."""
+    """steel-1b, one micro-batch of 4, eager: --dry-run plans what the GPU holds at most, and 15 % too much at most."""
     args = get_args(["--preset", "steel-1b", "--micro-batch", "4"])
     config, planned = PRESETS["steel-1b"], None
     planned = plan_bytes(config, args)
@@ -159,4 +159,4 @@ def test_the_memory_of_a_step_is_the_plans(tmp_path):
         update(optimizers, 1e-4, skip=~norm.isfinite())
     measured = torch.cuda.max_memory_allocated()
     print(f"planned {planned / 1e9:.1f} GB, measured {measured / 1e9:.1f} GB")
-    assert measured == pytest.approx(planned, rel=0.1)
+    assert 0.85 * planned < measured < planned
