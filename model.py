@@ -80,18 +80,16 @@ class Config:
         return self.d_expert or 8 * math.ceil(self.d_model / (3 if self.expert == "swiglu" else 4) / self.n_expert)
 
     @property
-    def d_dense(self):
-        """Width of the dense SwiGLU with the parameters of all experts."""
+    def d_dense(self):  # width of the dense SwiGLU with the parameters of all experts
         return (3 if self.expert == "swiglu" else 4) * self.n_expert * self.expert_width // 3
 
 
 PRESETS = {
     "demo": Config(),
-    "small": Config(
-        n_layer=12, d_model=768, n_head=12, n_kv_head=12, vocab_size=16_384, block_size=1024, tie_embeddings=True),
-    "steel-1b": Config(  # arXiv 2502.06635, section 3
-        n_layer=18, d_model=1792, n_head=32, n_kv_head=32, vocab_size=151_936, block_size=2048,
-        n_expert=6, d_expert=448, expert="swiglu2", rope_base=1_000_000.0),
+    "small": Config(n_layer=12, d_model=768, n_head=12, n_kv_head=12, vocab_size=16_384, block_size=1024,
+                    tie_embeddings=True),
+    "steel-1b": Config(n_layer=18, d_model=1792, n_head=32, n_kv_head=32, vocab_size=151_936, block_size=2048,
+                       n_expert=6, d_expert=448, expert="swiglu2", rope_base=1_000_000.0),  # arXiv 2502.06635
 }  # fmt: skip
 # ----------------------------------------------------------------------------------------------------------------------
 # Positions, cache, attention
@@ -123,10 +121,15 @@ def place_tokens(ids, config, cache, dtype):
         absent = (positions < torch.arange(config.look_back, -1, -1, device=ids.device)[:, None, None])[..., None]
     if cache is not None:  # amax, not [:, -1:]: torch.compile would make code of its own for a strided view
         cache.start, cache.bounded = start.amax(1, keepdim=True), bounded
-    K = config.d_model // config.n_head  # rotary positions (arXiv 2104.09864), half-split, with angles in fp32
-    frequencies = config.rope_base ** (-torch.arange(0, K, 2, device=ids.device, dtype=torch.float32) / K)
+    return Place(cache.angles[positions] if cache else rotary_angles(positions, config, dtype), mask, absent)
+
+
+def rotary_angles(positions, config, dtype):
+    """cos and sin, [..., T, 2, 1, K], of rotary positions (arXiv 2104.09864), half-split; angles in fp32."""
+    K = config.d_model // config.n_head
+    frequencies = config.rope_base ** (-torch.arange(0, K, 2, device=positions.device, dtype=torch.float32) / K)
     angles = positions[..., None].float() * frequencies.repeat(2)
-    return Place(torch.stack([angles.cos(), angles.sin()], dim=-2)[..., None, :].to(dtype), mask, absent)
+    return torch.stack([angles.cos(), angles.sin()], dim=-2)[..., None, :].to(dtype)
 
 
 class Cache:
@@ -137,9 +140,9 @@ class Cache:
         self.max_len, self.length = max_len, 0  # tokens read so far, the same in every row of the batch
         # Where the document that is being read starts, and whether that can be other than 0.
         self.start, self.bounded = torch.zeros(batch, 1, dtype=torch.long, device=device), config.reset_id >= 0
-        K = config.d_model // config.n_head
-        self.k = [torch.zeros(batch, config.n_kv_head, max_len, K, **like) for _ in layers]
-        self.v = [torch.zeros_like(k) for k in self.k]
+        self.angles = rotary_angles(torch.arange(max_len, device=device), config, dtype)
+        size = batch, config.n_kv_head, max_len, config.d_model // config.n_head
+        self.k, self.v = ([torch.zeros(size, **like) for _ in layers] for _ in "kv")
         # Router logits and first-matrix outputs of the last W - 1 tokens: more numbers than x, but nothing to redo.
         widths = config.n_expert * config.slots_per_expert, config.n_expert * 2 * config.expert_width
         self.recent = [[torch.zeros(batch, config.look_back, width, **like) for width in widths] for _ in layers]
@@ -163,8 +166,7 @@ class Attention(nn.Module):
         qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
         (cos, sin), (first, second) = place.angles.unbind(2), qk.chunk(2, dim=-1)
         qk = qk * cos + torch.cat([-second, first], dim=-1) * sin  # turn each pair (x_i, x_{i + K/2}) by its angle
-        q, k = qk.split([self.n_head, self.n_kv_head], dim=2)
-        q, k, v = (a.transpose(1, 2) for a in (q, k, v))  # [B, H or G, T, K]
+        q, k, v = (a.transpose(1, 2) for a in (*qk.split([self.n_head, self.n_kv_head], dim=2), v))  # [B, H or G, T, K]
         if cache is not None:
             for stored, new in ((cache.k[layer], k), (cache.v[layer], v)):
                 stored.narrow(2, cache.length, T).copy_(new)
@@ -217,8 +219,7 @@ class SoftMoE(nn.Module):
         self.w_out = nn.Parameter(torch.empty(E, h, D) if config.expert == "swiglu" else torch.empty(2, E, h, D))
 
     def forward(self, x, place, cache=None, layer=0):
-        B, T, D = x.shape  # RMS-normed
-        look_back, absent = self.window - 1, place.absent
+        (B, T, D), look_back, absent = x.shape, self.window - 1, place.absent  # x is RMS-normed
         if cache is None:  # all texts in one row, as memory is: else the compiled layer would copy slices for backward
             x = x.reshape(1, B * T, D)
             absent = absent.expand(-1, B, T, 1).reshape(-1, 1, B * T, 1) if look_back else None
@@ -250,9 +251,8 @@ class SoftMoE(nn.Module):
 
     def window_weights(self, logits, absent, dtype):
         """w, the oldest token of a window first: logits [B, W - 1 + T, S], absent [W, B, T, 1] -> [W, B, T, E, P]."""
-        T = absent.shape[2]
         # stack, not unfold: the compiled backward of unfold adds with atomics, in any order.
-        scores = torch.stack([logits[:, k : k + T] for k in range(self.window)])
+        scores = torch.stack([logits[:, k : k + absent.shape[2]] for k in range(self.window)])
         scores = (scores + self.recency.T.flip(0)[:, None, None]).masked_fill(absent, -torch.inf)
         return scores.softmax(0).to(dtype).unflatten(3, (self.n_expert, -1))
 
@@ -318,9 +318,10 @@ class WindowMix(torch.autograd.Function):
 
 def window_mix(u, weights):
     """Sum over the window of weight * u: u [B, W - 1 + T, ...], weights [W, B, T, ...] -> [B, T, ...]."""
-    T, mixed = weights.shape[2], weights[0] * u[:, : weights.shape[2]]
-    for k in range(1, len(weights)):
-        mixed = torch.addcmul(mixed, weights[k], u[:, k : k + T])
+    T, (first, *others) = weights.shape[2], weights.unbind(0)
+    mixed = first * u[:, :T]
+    for k, weight in enumerate(others, 1):
+        mixed = torch.addcmul(mixed, weight, u[:, k : k + T])
     return mixed
 
 
@@ -340,8 +341,7 @@ class SequenceSoftMoE(SoftMoE):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy from hidden states in chunks of tokens, so that logits [N, V] never exist. The gradients are
-    computed in forward, while a chunk's logits are there; backward only scales them."""
+    """In chunks of tokens, so that logits [N, V] never exist. Gradients are made in forward, and scaled in backward."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk, softmax_gradient, with_gradients):
@@ -378,8 +378,8 @@ def softmax_gradient(logits, targets, dtype, with_gradient):
         return nats, None
     p *= counted / norm
     if torch.compiler.is_compiling():  # all in one kernel: scatter_add would write p once more, in fp32
-        one_hot = torch.arange(p.shape[1], device=p.device) == index
-        return nats, (p - (one_hot & counted).to(p.dtype)).to(out_dtype)
+        one_hot = (torch.arange(p.shape[1], device=p.device) == index) & counted
+        return nats, (p - one_hot.to(p.dtype)).to(out_dtype)
     return nats, p.scatter_add_(1, index, -counted.to(p.dtype)).to(out_dtype)
 
 
@@ -482,7 +482,7 @@ class Decoder(nn.Module):
 
     def compile_step(self):
         """Compile step(): code for the first length, then for every length; a padded batch has code of its own."""
-        self.step = torch.compile(self.next_logits)
+        self.step = torch.compile(self.next_logits, options={"size_asserts": False})  # guards check sizes already: 6 %
 
     def new_cache(self, batch, max_len):
         return Cache(self.config, batch, max_len, self.embedding.device, self.embedding.dtype)
