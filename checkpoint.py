@@ -21,11 +21,13 @@ from pickle import UnpicklingError  # what torch.load raises for code in a file:
 
 import torch
 
-from common import lock_file
+from common import lock_file, one_line
 from model import Config, Decoder
-from optim import MAX_SKIPPED, WINDOW, is_bad
+from optim import MAX_SKIPPED, RECENT_STEPS, is_bad
 from parallel import gather_state
 from tokenizer import load_tokenizer
+
+VERSION = 2  # of state.json
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Loading
@@ -38,7 +40,7 @@ class Info:
     path: Path  # the checkpoint, or the Hugging Face folder
     state: dict = field(default_factory=dict)  # state.json of a checkpoint of ours, else empty
     chat: bool = False  # trained mostly on conversations
-    eos_first: bool = False  # documents begin behind an eos: ours do
+    eos_first: bool = False  # documents begin after an eos: ours do
 
 
 def load(path):
@@ -128,7 +130,7 @@ class State:
     """Where a run is. What the device computes stays there until read() or check(), so that no step waits for it."""
 
     phases: list  # [[samples of the data, samples served], ...]: the place in the data, see data.py
-    recent: torch.Tensor  # [WINDOW]: losses of the last good steps, NaN where there are none yet
+    recent: torch.Tensor  # [RECENT_STEPS]: losses of the last good steps, NaN where there are none yet
     skipped: torch.Tensor  # bad steps so far
     in_a_row: torch.Tensor  # bad steps since the last good one
     worst: torch.Tensor  # the most bad steps in a row since the last check()
@@ -139,7 +141,7 @@ class State:
     @classmethod
     def create(cls, device, phases, recent=(), skipped=0, in_a_row=0, **plain):
         """From what read() gave."""
-        recent = torch.tensor([math.nan] * (WINDOW - len(recent)) + list(recent), device=device)
+        recent = torch.tensor([math.nan] * (RECENT_STEPS - len(recent)) + list(recent), device=device)
         counts = [torch.tensor(count, device=device) for count in (skipped, in_a_row, in_a_row)]
         return cls(phases, recent, *counts, **plain)
 
@@ -163,10 +165,10 @@ class State:
         """ValueError where MAX_SKIPPED steps in a row were bad: the run ends. Waits for the device."""
         if self.worst.item() >= MAX_SKIPPED:
             saver.wait()
-            good = (sorted(saver.run.glob("step-*"))[-1:] or ["none"])[0]
+            good = max(saver.run.glob("step-*"), default="none")
             raise ValueError(
                 f"{MAX_SKIPPED} steps in a row had a loss or a gradient that cannot be right: the run ends at step "
-                f"{self.step}. The last good checkpoint is {good}: go on from there with a smaller --lr, or look at "
+                f"{self.step}. The last good checkpoint is {good}: continue from there with a smaller --lr, or look at "
                 "the data"
             )
         self.worst = self.in_a_row
@@ -191,38 +193,38 @@ class State:
 # ----------------------------------------------------------------------------------------------------------------------
 # Saving
 
-VERSION = 2  # of state.json
-
 
 class Saver:
-    """Writes checkpoints in a thread of rank 0, while training goes on."""
+    """Writes checkpoints in a thread of rank 0, while training continues."""
 
-    def __init__(self, run, tokenizer, log, ranks, keep, keep_every, last=None):
-        """log: the run's Log, on rank 0. keep: how many newest steps stay, beside the multiples of keep_every."""
-        self.run, self.tokenizer, self.log, self.ranks = run, tokenizer, log, ranks
-        self.keep, self.keep_every = keep, keep_every
-        self.thread, self.whole, self.last = None, True, last  # last: the step that was saved or loaded last
+    def __init__(self, args, tokenizer, log, ranks, constants):
+        """args: out, keep, keep_every. log: the run's Log, on rank 0. constants: what state.json holds beside State."""
+        self.run, self.keep, self.keep_every = Path(args.out), args.keep, args.keep_every
+        self.tokenizer, self.log, self.ranks, self.constants = tokenizer, log, ranks, constants
+        self.thread, self.whole = None, True
+        self.last = None  # the step that was saved or loaded last
 
     def save(self, model, optimizers, state):
-        """Copy all tensors to rank 0's memory, all ranks taking part, and start to write them. state: JSON values."""
+        """Copy all tensors to rank 0's memory, all ranks taking part, and start to write them."""
         self.wait()
-        self.last = state["step"]
-        tensors = gather_state(
-            [model.state_dict(), [optimizer.state_dict() for optimizer in optimizers]], self.ranks.rank
-        )
+        self.last = state.step
+        weights = gather_state(model.state_dict(), self.ranks.rank)
+        optimizer_states = gather_state([optimizer.state_dict() for optimizer in optimizers], self.ranks.rank)
+        values = {"version": VERSION, **state.read(), **self.constants}
         if self.ranks.rank == 0:
-            text = json.dumps({"version": VERSION} | state, indent=1, ensure_ascii=False)
-            content = self.run / f"step-{self.last:08d}", self.log.unwritten, text, *tensors
-            self.thread = threading.Thread(target=self.write, args=content)
+            state_json = json.dumps(values, indent=1, ensure_ascii=False)
+            unwritten = self.log.unwritten
+            self.thread = threading.Thread(target=self.write, args=(state_json, weights, optimizer_states, unwritten))
             self.thread.start()
 
-    def write(self, folder, unwritten_log, *content):
+    def write(self, state_json, weights, optimizer_states, unwritten_log):
+        folder = self.run / f"step-{self.last:08d}"
         self.whole = False
         try:
-            if unwritten_log:  # no checkpoint without the log lines before it
+            if unwritten_log:  # no checkpoint without the log lines before it: treated as a full disk
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self.log.file.fileno())
-            write_checkpoint(folder, *content, self.tokenizer)
+            write_checkpoint(folder, state_json, weights, optimizer_states, self.tokenizer)
             remove_old(self.run, self.keep, self.keep_every)
             self.whole = True
         except OSError as error:
@@ -236,10 +238,10 @@ class Saver:
         return bool(self.ranks.from_rank_0(self.whole))
 
 
-def write_checkpoint(folder, state, weights, optimizer_states, tokenizer):
+def write_checkpoint(folder, state_json, weights, optimizer_states, tokenizer):
     """Write a step under a temporary name, flush it to the disk, rename it.
 
-    state: the text of state.json. OSError if there is no room: the checkpoints before it stay as they were.
+    OSError if there is no room: the checkpoints before it stay as they were.
     """
     temporary = folder.with_name("." + folder.name)
     for path in folder.parent.glob(".step-*"):  # left by a run that was killed while it saved
@@ -250,7 +252,7 @@ def write_checkpoint(folder, state, weights, optimizer_states, tokenizer):
             with open(temporary / name, "wb") as file:
                 torch.save(tensors, file)
         (temporary / tokenizer.FILE).write_bytes(tokenizer.content)
-        (temporary / "state.json").write_text(state, encoding="utf-8")
+        (temporary / "state.json").write_text(state_json, encoding="utf-8")
         hashes = {path.name: flushed_sha256(path) for path in sorted(temporary.iterdir())}
         with open(temporary / "sha256.json", "w", encoding="utf-8") as file:
             json.dump(hashes, file, indent=1)
@@ -300,8 +302,11 @@ class Log:
     it is open, no other run can use the folder."""
 
     def __init__(self, run):
-        run.mkdir(parents=True, exist_ok=True)
-        self.file, self.unwritten = open(run / "metrics.jsonl", "a+b", buffering=0), b""
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            self.file, self.unwritten = open(run / "metrics.jsonl", "a+b", buffering=0), b""
+        except OSError as error:
+            raise OSError(f"{one_line(error)}: choose another --out, or make room") from None
         if not lock_file(self.file):
             raise ValueError(
                 f"another run is at work in {run}: wait for it, end its processes, or choose another --out"

@@ -11,6 +11,7 @@ import signal
 import sys
 import sysconfig
 import time
+import traceback
 from pathlib import Path
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -120,20 +121,37 @@ def peak_flops(device):
 def exit_code(main, argv=None):
     """Run main(argv) and return its exit code: what it returns, or 1 with one line on stderr for a user's mistake.
 
-    Every module raises ValueError or OSError with that line, and only here does it end a program. `python -X dev`
-    shows the traceback instead.
+    Every module raises ValueError or OSError with that line, and only here does it end a program. A ValueError that a
+    library raised is a bug and keeps its traceback; `python -X dev` shows the traceback of all.
     """
     try:
         return main(argv) or 0
-    except BrokenPipeError:  # the reader of the output, like `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except (ValueError, OSError) as error:
-        if sys.flags.dev_mode:
+        if sys.flags.dev_mode or isinstance(error, ValueError) and raised_by_library(error):
             raise
-        sys.stdout.flush()
+        if isinstance(error, BrokenPipeError) and stdout_is_closed():  # the reader, like `head`, has enough
+            return 1
         print(one_line(error), file=sys.stderr, flush=True)
         return 1
+
+
+def raised_by_library(error):
+    """Whether an exception was raised in Python's standard library or an installed package."""
+    if type(error.__cause__).__name__ == "_RemoteTraceback":  # from a worker process, whose code is ours
+        return False
+    innermost = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    folders = {sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return any(innermost.is_relative_to(folder) for folder in folders)
+
+
+def stdout_is_closed():
+    """Try to flush stdout; if its reader has gone, drop what is left, so that Python's exit does not fail at it."""
+    try:
+        sys.stdout.flush()
+        return False
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
 
 
 def one_line(error):

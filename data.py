@@ -1,12 +1,12 @@
 """Prepared data: the shard format, its writer and its reader, and the order in which training serves it.
 
-    data = TokenData("data/default", split="train", block_size=256)
+    data = TokenData("data/default", split="train", block_size=128)
     ids = data[0]                        # sample 0: block_size + 1 ids
     for micro_batches in batches(...):   # what train.py's loop reads
 
 data/NAME/ holds a tokenizer, manifest.json, and for each shard
     SHARD.tokens.npy    ids (uint16 where the vocabulary fits, else uint32); every document ends with eos
-    SHARD.ends.npy      where the documents end
+    SHARD.ends.npy      where the documents end, for programs that read whole documents
     SHARD.mask.npy      of chats: 1 where a token counts in the loss
     SHARD.hashes.npy    [documents, 3]: two halves of a hash of the content, and its fingerprint, to find copies later
 
@@ -94,7 +94,7 @@ class TokenData:
     data[i]      sample i: block_size + 1 ids, int64. Neighbours overlap by one id, so that each id is a target once
     """
 
-    def __init__(self, path, split="train", block_size=256):
+    def __init__(self, path, split="train", block_size=128):
         """Raises ValueError for anything missing, of the wrong size or type, or too small."""
         self.path, self.block_size = Path(path), block_size
         self.manifest = read_manifest(self.path)
@@ -146,13 +146,13 @@ class TokenData:
         return int(self.first[-1])
 
     def __getitem__(self, i):
-        k, positions = self._locate(i)
-        return self.tokens[k][positions].astype(np.int64)
+        k, where = self._locate(i)
+        return self.tokens[k][where].astype(np.int64)
 
     def counted(self, i):
         """Which targets of sample i count in the loss, [block_size] of 0 and 1; None: all of them."""
-        k, positions = self._locate(i)
-        return None if self.masks[k] is None else self.masks[k][positions][1:]
+        k, where = self._locate(i)
+        return None if self.masks[k] is None else self.masks[k][where][1:]
 
     def shard_hashes(self):
         """[name, sha256 of its files] of each shard, in the order in which samples are numbered."""
@@ -200,19 +200,19 @@ def data_order(i, n, seed):
     i = np.asarray(i, dtype=np.uint64)
     if n < 1 or i.size and int(i.max()) >= n:
         raise ValueError(f"data_order: index outside of [0, {n})")
-    half = np.uint64(max(1, math.ceil(max(1, (n - 1).bit_length()) / 2)))
-    low = np.uint64((1 << int(half)) - 1)
+    half_bits = np.uint64(max(1, math.ceil(max(1, (n - 1).bit_length()) / 2)))
+    low = np.uint64((1 << int(half_bits)) - 1)
     digest = hashlib.sha256(f"data order {seed}".encode()).digest()
     keys = np.frombuffer(digest[:24], dtype=np.uint32).astype(np.uint64)
 
     def permute(x):
-        left, right = x >> half, x & low
+        left, right = x >> half_bits, x & low
         for key in keys:
             # One multiplication and two shifts mix the bits well enough (constants of splitmix64).
             h = (right + key) * np.uint64(0xBF58476D1CE4E5B9)
             h = (h ^ (h >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
             left, right = right, left ^ ((h >> np.uint64(32)) & low)
-        return left << half | right
+        return left << half_bits | right
 
     with np.errstate(over="ignore"):
         out = permute(i)
@@ -221,17 +221,9 @@ def data_order(i, n, seed):
     return out.astype(np.int64) if out.ndim else int(out)
 
 
-# A phase is [samples of the data, samples served so far]. Data that grows between two runs begins a new phase. Its
-# first epoch mixes all new samples with those that the old epoch had not served yet; later epochs serve every sample.
-
-
-def unserved(phases):
-    """How many samples the current epoch still has to serve."""
-    if not phases:
-        return 0
-    *before, (n, served) = phases
-    first_epoch = unserved(before) + n - samples_before(before)
-    return first_epoch - served if served < first_epoch else -(served - first_epoch) % n
+# A phase is [samples of the data, samples served in it]. Data that grows between two runs begins a new phase. Example:
+# [[100, 30]]: of 100 samples 30 were served. 40 are added: [[100, 30], [140, 0]]. The new phase first serves the 70
+# samples left of the old epoch and the 40 new ones, mixed; from then on epochs of all 140.
 
 
 def samples_before(phases):
@@ -239,17 +231,34 @@ def samples_before(phases):
     return phases[-1][0] if phases else 0
 
 
+def first_epoch(phases):
+    """How many samples the first epoch of the last phase serves: those left of the phase before, and the new ones."""
+    *before, (n, _) = phases
+    return unserved(before) + n - samples_before(before)
+
+
+def unserved(phases):
+    """How many samples the current epoch still has to serve."""
+    if not phases:
+        return 0
+    n, served = phases[-1]
+    first = first_epoch(phases)
+    return first - served if served < first else -(served - first) % n  # the rest of an epoch of n
+
+
 def sample_at(i, phases, seed):
     """The number of the i-th sample that the last phase serves."""
     *before, (n, _) = phases
-    left, old = unserved(before), samples_before(before)
-    first_epoch = left + n - old
+    first = first_epoch(phases)
     name = f"{seed} phase {len(before)}" if before else seed
-    if i >= first_epoch:
-        epoch, i = divmod(i - first_epoch, n)
-        return data_order(i, n, f"{name} epoch {epoch + 1}")
-    i = data_order(i, first_epoch, f"{name} epoch 0")
-    return old + i - left if i >= left else sample_at(before[-1][1] + i, before, seed)
+    if i >= first:
+        epoch, in_epoch = divmod(i - first, n)
+        return data_order(in_epoch, n, f"{name} epoch {epoch + 1}")
+    mixed = data_order(i, first, f"{name} epoch 0")
+    left = unserved(before)
+    if mixed < left:  # one that the phase before would have served next
+        return sample_at(before[-1][1] + mixed, before, seed)
+    return samples_before(before) + mixed - left
 
 
 def batch_at(data, phases, seed, first, count):
@@ -268,20 +277,20 @@ def batches(data, phases, seed, ranks, n_micro, micro_batch, device="cpu"):
     """
     import torch
 
-    pinned, start = device == "cuda", None
-    if pinned:  # a new thread would create a context on the first GPU
-        device_index = torch.cuda.current_device()
+    pinned = device == "cuda"
+    gpu = torch.cuda.current_device() if pinned else None
 
-        def start():
-            torch.cuda.set_device(device_index)
+    def set_gpu():  # a new thread would create a context on the first one
+        torch.cuda.set_device(gpu)
 
     def read(first):
         first += ranks.rank * n_micro * micro_batch  # rank r takes the r-th equal part of a step
         pairs = [batch_at(data, phases, seed, first + i * micro_batch, micro_batch) for i in range(n_micro)]
         return [tuple(a.pin_memory() for a in pair) for pair in pairs] if pinned else pairs
 
-    with concurrent.futures.ThreadPoolExecutor(1, initializer=start) as thread:
-        step_samples, coming = ranks.world * n_micro * micro_batch, None
+    with concurrent.futures.ThreadPoolExecutor(1, initializer=set_gpu if pinned else None) as thread:
+        step_samples = ranks.world * n_micro * micro_batch
+        coming = None
         for first in itertools.count(phases[-1][1], step_samples):
             ready, coming = coming, thread.submit(read, first)
             if ready:

@@ -28,7 +28,7 @@ from data import TokenData, evenly_spaced, inputs_and_targets
 from model import cross_entropy
 from tokenizer import load_tokenizer
 
-MAX_TOKENS = 1 << 20  # enough for three certain decimals of bits per byte
+MAX_TOKENS = 1 << 20  # enough for three reliable decimals of bits per byte
 MAX_CONTEXT = 2048  # for Hugging Face models, whose contexts are far longer than most texts
 PROMPT = "却说曹操引兵渡河，正遇关公。"
 

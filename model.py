@@ -66,13 +66,11 @@ class Config:
             raise ValueError("model configuration: " + "; ".join(problems))
 
     @property
-    def reads_ahead(self):
-        """Whether a position reads later tokens: the published Soft MoE does."""
+    def reads_ahead(self):  # whether a position reads later tokens: the published Soft MoE does
         return self.ffn == "soft_moe" and self.dispatch == "sequence"
 
     @property
-    def look_back(self):
-        """How many earlier tokens a slot of the Soft MoE reads."""
+    def look_back(self):  # how many earlier tokens a slot of the Soft MoE reads
         return self.window - 1 if self.ffn == "soft_moe" and self.dispatch == "causal" else 0
 
     @property
@@ -100,7 +98,7 @@ class Place(NamedTuple):
 
     angles: torch.Tensor  # [B or 1, T, 2, 1, K]: cos and sin of the rotary angles
     mask: torch.Tensor | None  # [B or 1, 1, T, length + T]: true where attention may look; None: plain causal attention
-    absent: torch.Tensor | None  # [W, B or 1, T, 1]: true where a window reaches back over that token; None: no window
+    absent: torch.Tensor | None  # [W, B or 1, T, 1]: true for places of a window before that token; None: no window
 
 
 def place_tokens(ids, config, cache, dtype):
@@ -220,7 +218,7 @@ class SoftMoE(nn.Module):
 
     def forward(self, x, place, cache=None, layer=0):
         (B, T, D), look_back, absent = x.shape, self.window - 1, place.absent  # x is RMS-normed
-        if cache is None:  # all texts in one row, as memory is: else the compiled layer would copy slices for backward
+        if cache is None:  # lay all texts end to end in one row (else the compiled layer copies slices for backward)
             x = x.reshape(1, B * T, D)
             absent = absent.expand(-1, B, T, 1).reshape(-1, 1, B * T, 1) if look_back else None
         logits, u = self.router_logits(x), F.linear(x, self.w_in.flatten(0, 2))
@@ -234,9 +232,9 @@ class SoftMoE(nn.Module):
         combine = combine.unflatten(-1, (self.n_expert, -1, 1))  # [B, T, E, P, 1]
         weights = self.window_weights(logits, absent, u.dtype) if look_back else None  # [W, B, T, E, P]
         if self.w_out.ndim == 3 and torch.is_grad_enabled():  # keep only u for backward: the rest is cheap to redo
-            y = recompute(self.experts, u, weights, combine, use_reentrant=False, preserve_rng_state=False)
+            y = recompute(self.mix_and_combine, u, weights, combine, use_reentrant=False, preserve_rng_state=False)
         else:
-            y = self.experts(u, weights, combine)
+            y = self.mix_and_combine(u, weights, combine)
         return y.view(B, T, D)
 
     def router_logits(self, x):
@@ -256,7 +254,7 @@ class SoftMoE(nn.Module):
         scores = (scores + self.recency.T.flip(0)[:, None, None]).masked_fill(absent, -torch.inf)
         return scores.softmax(0).to(dtype).unflatten(3, (self.n_expert, -1))
 
-    def experts(self, u, weights, combine):
+    def mix_and_combine(self, u, weights, combine):
         """A x and B x of all tokens, mixed over the window, through the rest of the experts, combined -> [B, T, D]."""
         if weights is None:  # all slots of an expert read the same: P is 1 here
             gate, up = u.unbind(-2)
@@ -270,8 +268,7 @@ class SoftMoE(nn.Module):
         gate, down = (torch.einsum("btesh,ehd->btesd", hidden, w) for w in self.w_out)
         return (F.silu(gate) * down * combine).sum((2, 3))
 
-    def expert(self, e, z):
-        """Expert e of z [..., D] -> [..., D], as the formula has it."""
+    def apply_expert(self, e, z):  # z [..., D] -> f_e(z) [..., D]
         gate, up = (z @ w.T for w in self.w_in[e])
         hidden = F.silu(gate) * up
         if self.w_out.ndim == 3:
@@ -289,7 +286,7 @@ def causal_moe_definition(ffn, x):
         past = range(t, max(-1, t - ffn.window), -1)  # this token, the one before it, ...
         w = torch.stack([logits[s] + recency[t - s] for s in past]).softmax(0)  # [min(W, t + 1), S]
         z = w.T @ torch.stack([x[s] for s in past])  # [S, D]
-        y.append(E * sum(share * ffn.expert(j * E // S, z[j]) for j, share in enumerate(logits[t].softmax(0))))
+        y.append(E * sum(share * ffn.apply_expert(j * E // S, z[j]) for j, share in enumerate(logits[t].softmax(0))))
     return torch.stack(y)
 
 
@@ -332,7 +329,8 @@ class SequenceSoftMoE(SoftMoE):
     def forward(self, x, place, cache=None, layer=0):
         logits = self.router_logits(x)  # [B, T, S]
         slots = logits.softmax(1).to(x.dtype).transpose(1, 2) @ F.normalize(x, dim=-1)  # [B, S, D]
-        y = torch.cat([self.expert(e, z) for e, z in enumerate(slots.chunk(self.n_expert, dim=1))], dim=1)  # [B, S, D]
+        by_expert = enumerate(slots.chunk(self.n_expert, dim=1))
+        y = torch.cat([self.apply_expert(e, z) for e, z in by_expert], dim=1)  # [B, S, D]
         return logits.softmax(2).to(x.dtype) @ y
 
 
@@ -351,8 +349,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         if with_gradients:
             d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
             ctx.save_for_backward(d_hidden, d_weight)
-        for rows, goal, start in zip(hidden.split(chunk), targets.split(chunk), range(0, len(hidden), chunk)):
-            nats, d_logits = softmax_gradient(rows @ cast_weight.T, goal, total.dtype, with_gradients)
+        for rows, chunk_targets, start in zip(hidden.split(chunk), targets.split(chunk), range(0, len(hidden), chunk)):
+            nats, d_logits = softmax_gradient(rows @ cast_weight.T, chunk_targets, total.dtype, with_gradients)
             total += nats
             if with_gradients:
                 torch.mm(d_logits, cast_weight, out=d_hidden[start : start + chunk])
@@ -440,12 +438,14 @@ class Decoder(nn.Module):
         stds = {"embedding": 0.02, "head": 0.02, "qkv": std, "w_in": std, "phi": phi_std}
         for name, p in self.named_parameters():
             leaf = name.rpartition(".")[2]
-            if leaf in ("weight", "scale"):  # of norms; scale 1 makes a near-uniform combine, as in the dense layer
-                nn.init.ones_(p)
+            if name.endswith("norm.weight") or leaf == "scale":
+                nn.init.ones_(p)  # scale 1: a near-uniform combine, as in the dense layer
             elif leaf in ("qkv_bias", "out", "w_out", "recency"):
                 nn.init.zeros_(p)
-            else:  # KeyError: a new parameter needs an initialisation
+            elif leaf in stds:
                 nn.init.normal_(p, std=stds[leaf])
+            else:
+                raise ValueError(f"no initialisation for parameter {name}")
             if leaf == "w_out" and p.ndim == 4:  # swiglu2 multiplies two of them: were both zero, neither would learn
                 nn.init.normal_(p[0], std=p.shape[-2] ** -0.5)
             if leaf == "recency":  # a slot starts out reading mostly its own token
@@ -475,7 +475,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def next_logits(self, ids, cache=None):
-        """Logits of the token behind ids, [B, T] -> [B, V]."""
+        """Logits of the token after ids, [B, T] -> [B, V]."""
         return F.linear(self.hidden_states(ids, cache)[:, -1], self.head_weight)
 
     step = next_logits  # for the tokens after the prompt: what compile_step() compiles
@@ -495,6 +495,6 @@ class Decoder(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T):
-        """Forward and backward, per token of a text of T tokens: 6 a weight that multiplies, attention at half."""
+        """Forward and backward, per token of a text of T tokens: 6 per weight in a matmul; causal attention is half."""
         weights = self.n_params() - (0 if self.config.tie_embeddings else self.embedding.numel())
         return 6 * weights + 6 * self.config.n_layer * self.config.d_model * T

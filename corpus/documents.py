@@ -1,4 +1,4 @@
-"""Document: a text, a program or a conversation. And what a row of a corpus is, told from its fields.
+"""Document: a text, a program or a conversation. And how a row of a corpus becomes one, by the fields that it has.
 
 The corpora are those that Steel-LLM (arXiv 2502.06635, section 2) was trained on, as their publishers ship them, and
 the usual forms of chat.
@@ -78,7 +78,7 @@ class Document(NamedTuple):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Rows
+# Rows: (a dict, the name of its file's folder) -> Document
 
 
 def document_of(row, folder=""):
@@ -91,55 +91,105 @@ def document_of(row, folder=""):
         return Document(row)
     if not isinstance(row, dict):
         raise ValueError(f"no text in a row of type {type(row).__name__}")
-    fields = row.keys()
-    if "q_main" in fields:
-        options = [f"{letter.upper()}. {row[key]}" for letter in "abcde" if row.get(key := f"option_{letter}")]
-        labels = (("标准答案：", "std_ans"), ("解析：", "answer_detail"))
-        answers = [label + row[key] for label, key in labels if row.get(key)]
-        return Document(join_lines(row["q_main"], *options, *answers), format="wanjuan_exam")
-    if {"title", "sections"} <= fields:
-        sections = [part for section in row["sections"] or [] for part in (section["title"], section["content"])]
-        return Document(join_lines(row["title"], row.get("summary"), *sections), format="baike")
-    if {"title", "answer"} <= fields:
-        title, details = join_lines(row["title"]).strip(), join_lines(row.get("desc")).strip()
-        question = join_lines(title, details)
-        if title in details or details in title:
-            question = max(title, details, key=len)
-        return Document(exchange(question, row["answer"]), "chat", "baidu_qa")
-    if {"INSTRUCTION", "RESPONSE"} <= fields:
-        unpopular = "upvotes" if upvotes(row.get("METADATA")) < MIN_UPVOTES else ""
-        return Document(exchange(row["INSTRUCTION"], row["RESPONSE"]), "chat", "zhihu", unpopular)
-    if {"instruction", "output"} <= fields:
-        question = join_lines(row["instruction"], row.get("input"))
-        return Document(exchange(question, row["output"]), "chat", "instruction")
-    if {"kind", "input", "target"} <= fields:
-        return Document(exchange(row["input"], row["target"]), "chat", "firefly")
-    if "conversations" in fields:
-        turns = ((turn["from"], turn["value"]) for turn in row["conversations"])
-        return Document(messages_of(turns), "chat", "conversations")
-    if "conversation" in fields:
-        pairs = ((side, turn.get(side)) for turn in row["conversation"] for side in ("human", "assistant"))
-        return Document(messages_of(pair for pair in pairs if pair[1] is not None), "chat", "moss")
-    if "messages" in fields:
-        turns = ((turn["role"], turn["content"]) for turn in row["messages"])
-        return Document(messages_of(turns), "chat", "messages")
-    if {"completion", "source"} <= fields:
-        return Document(join_lines(row["completion"]), format="wikipedia")
-    if "content" in fields:
-        content = join_lines(row["content"])
-        code = STARCODER_TAGS.sub("", content)
-        if len(code) < len(content) or any(name.startswith("max_stars") for name in fields):
-            return Document(code, "code", f"starcoder-{folder}")
-        return Document(content)
-    if "text" in fields:
-        return Document(join_lines(row["text"]))
+    for fields, read_row in ROW_READERS:
+        if fields <= row.keys():
+            return read_row(row, folder)
     expected = "expected text, content, messages or those of a known corpus"
-    raise ValueError(f"no text in fields {', '.join(map(str, fields))}; {expected}")
+    raise ValueError(f"no text in fields {', '.join(map(str, row))}; {expected}")
 
 
+def wanjuan_exam(row, folder):
+    options = [f"{letter.upper()}. {row[key]}" for letter in "abcde" if row.get(key := f"option_{letter}")]
+    labels = (("标准答案：", "std_ans"), ("解析：", "answer_detail"))
+    answers = [label + row[key] for label, key in labels if row.get(key)]
+    return Document(join_lines(row["q_main"], *options, *answers), format="wanjuan_exam")
+
+
+def baike(row, folder):
+    sections = [part for section in row["sections"] or [] for part in (section["title"], section["content"])]
+    return Document(join_lines(row["title"], row.get("summary"), *sections), format="baike")
+
+
+def baidu_qa(row, folder):
+    title, details = join_lines(row["title"]).strip(), join_lines(row.get("desc")).strip()
+    question = join_lines(title, details)
+    if title in details or details in title:
+        question = max(title, details, key=len)
+    return Document(exchange(question, row["answer"]), "chat", "baidu_qa")
+
+
+def zhihu(row, folder):
+    unpopular = "upvotes" if upvotes(row.get("METADATA")) < MIN_UPVOTES else ""
+    return Document(exchange(row["INSTRUCTION"], row["RESPONSE"]), "chat", "zhihu", unpopular)
+
+
+def instruction(row, folder):
+    question = join_lines(row["instruction"], row.get("input"))
+    return Document(exchange(question, row["output"]), "chat", "instruction")
+
+
+def firefly(row, folder):
+    return Document(exchange(row["input"], row["target"]), "chat", "firefly")
+
+
+def sharegpt(row, folder):
+    turns = ((turn["from"], turn["value"]) for turn in row["conversations"])
+    return Document(messages_of(turns), "chat", "conversations")
+
+
+def moss(row, folder):
+    pairs = ((side, turn.get(side)) for turn in row["conversation"] for side in ("human", "assistant"))
+    return Document(messages_of(pair for pair in pairs if pair[1] is not None), "chat", "moss")
+
+
+def openai_messages(row, folder):
+    turns = ((turn["role"], turn["content"]) for turn in row["messages"])
+    return Document(messages_of(turns), "chat", "messages")
+
+
+def wikipedia(row, folder):
+    return Document(join_lines(row["completion"]), format="wikipedia")
+
+
+def starcoder_or_text(row, folder):
+    content = join_lines(row["content"])
+    code = STARCODER_TAGS.sub("", content)
+    if len(code) < len(content) or any(name.startswith("max_stars") for name in row):
+        return Document(code, "code", f"starcoder-{folder}")
+    return Document(content)
+
+
+def plain_text(row, folder):
+    return Document(join_lines(row["text"]))
+
+
+# A row is read by the first of these whose fields it has.
+ROW_READERS = [
+    ({"q_main"}, wanjuan_exam),
+    ({"title", "sections"}, baike),
+    ({"title", "answer"}, baidu_qa),
+    ({"INSTRUCTION", "RESPONSE"}, zhihu),
+    ({"instruction", "output"}, instruction),
+    ({"kind", "input", "target"}, firefly),
+    ({"conversations"}, sharegpt),
+    ({"conversation"}, moss),
+    ({"messages"}, openai_messages),
+    ({"completion", "source"}, wikipedia),
+    ({"content"}, starcoder_or_text),
+    ({"text"}, plain_text),
+]
 STARCODER_TAGS = re.compile(r"\A(?:<(?:reponame|filename|gh_stars)>[^<\n]*)+\n?")
-ROLES = {"human": "user", "user": "user", "system": "system"}
-ROLES |= dict.fromkeys("assistant gpt chatgpt bot bing bard".split(), "assistant")
+ROLES = {  # names of roles -> ours
+    "human": "user",
+    "user": "user",
+    "system": "system",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+}
 
 
 def join_lines(*texts):

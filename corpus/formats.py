@@ -1,8 +1,10 @@
 """Files -> documents.
 
-for part in file_parts(["raw/", "my.txt"]):
-    for where, document in part.documents():
-        ...
+    for part in file_parts(["raw/", "my.txt"]):
+        for where, document in part.documents():
+            ...
+
+By the ending of a file:
 
 .txt        cut at line ends into documents of about 2,000 characters
 .jsonl      a row a line
@@ -39,7 +41,8 @@ PART_BYTES = 64 << 20  # input is read in parts of about this size, so that seve
 
 def read_txt(file, path, first_line=1):
     """Documents of about TEXT_SIZE characters, cut at line ends. Lines are numbered from first_line on."""
-    document, size, problem, at = [], 0, "", first_line
+    document, size = [], 0
+    problem, at = "", first_line  # at: the line that is named
     for number, line in enumerate(file, first_line):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -51,7 +54,8 @@ def read_txt(file, path, first_line=1):
         size += len(text)
         if size >= TEXT_SIZE:
             yield f"{path}, line {at}", Document("".join(document), problem=problem)
-            document, size, problem, at = [], 0, "", number + 1
+            document, size = [], 0
+            problem, at = "", number + 1
     if document:
         yield f"{path}, line {at}", Document("".join(document), problem=problem)
 
@@ -94,7 +98,7 @@ def document_or_problem(get_row, folder, raw):
 def read_json(file, path):
     """An array of rows, or one row over many lines, or a row a line in spite of the file's name.
 
-    ValueError where it is not JSON: behind an error nobody knows where the next row begins.
+    ValueError where it is not JSON, since after an error nobody knows where the next row begins.
     """
     head = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
     file.seek(0)
@@ -109,14 +113,15 @@ def read_json(file, path):
         reason = f"not JSON ({getattr(error, 'msg', error)})"
         if isinstance(error, UnicodeDecodeError):
             reason = "not UTF-8"
-        fix = "mend it; of a file with a row a line only bad lines are lost"
-        raise ValueError(f"{path}: {reason} behind row {number}: {fix}") from None
+        fix = "fix it; in a .jsonl file, with a row a line, only bad lines would be lost"
+        raise ValueError(f"{path}: {reason} after row {number}: {fix}") from None
 
 
 def json_values(file):
     """Yield the values of JSON arrays, or of values one after another, without holding the whole file."""
     decoder, separators = json.JSONDecoder(strict=False), re.compile(r"[\s,]*")
-    text, at, size, in_array = "", 0, 1 << 20, False
+    text, at = "", 0
+    size, in_array = 1 << 20, False
     while True:
         at = separators.match(text, at).end()
         bracket = "]" if in_array else "["
@@ -156,8 +161,8 @@ def read_parquet(file, path):
                 yield f"{path}, row {number}", document_or_problem(get_row, folder, "")
     except (OSError, ArrowException) as error:
         reason = str(error).splitlines()[0]
-        fix = "fetch it again; the same command goes on"
-        raise ValueError(f"{path}: damaged behind row {number} ({reason}): {fix}") from None
+        fix = "fetch it again, then run the same command again"
+        raise ValueError(f"{path}: damaged after row {number} ({reason}): {fix}") from None
 
 
 def row_of_batch(batch, i):
@@ -221,7 +226,7 @@ def is_gzip(path):
 
 @dataclass
 class Part:
-    """Some whole files, or some lines of a large file. One process reads it and writes it to shards of its own."""
+    """Some whole files, or some lines of a large file: what one process reads and writes to shards of its own."""
 
     source: str
     paths: list
@@ -230,7 +235,7 @@ class Part:
     stop: int | None = None
     first_line: int = 1
     size: int = 0  # bytes
-    read: Callable | None = None  # of the default data: gives its documents
+    read: Callable | None = None  # of the default data: returns its documents
 
     @property
     def sha256(self):
@@ -255,7 +260,8 @@ class Part:
             yield from self._documents_of(path)
 
     def _documents_of(self, path):
-        before, where, fix = self.position, f"{path}, line 1", "the same command goes on"
+        before, where = self.position, f"{path}, line 1"
+        fix = "then run the same command again"
         try:
             with open(path, "rb") as raw:
                 if self.stop is None:
@@ -268,10 +274,10 @@ class Part:
                     yield where, document
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             place = where.rpartition(", ")[2]
-            raise ValueError(f"{path}: damaged behind {place} ({error}): fetch it again; {fix}") from None
+            raise ValueError(f"{path}: damaged after {place} ({error}): fetch it again, {fix}") from None
         except OSError as error:
             reason = error.strerror or error
-            raise ValueError(f"{path}: cannot be read ({reason}): mend or remove it; {fix}") from None
+            raise ValueError(f"{path}: cannot be read ({reason}): fix or remove it, {fix}") from None
 
 
 def lines_until(file, stop):
@@ -288,32 +294,32 @@ def utf8_name(name):
 
 
 def file_parts(inputs, out=None):
-    """Files and folders -> list of Parts of about PART_BYTES each. A source is named after the file or folder given.
+    """Files and folders -> list of Parts of about PART_BYTES each. A source is named after its file or folder.
 
-    Of a folder, hidden files are not read, nor what is in the folder out. ValueError for what is missing, given twice,
+    Hidden files of a folder are not read, nor what is in the folder `out`. ValueError for what is missing, given twice,
     or of an unknown kind.
     """
     parts, seen = [], set()
-    for given in map(Path, inputs):
-        if not given.exists():
-            raise ValueError(f"{given}: no such file or folder")
-        paths = files_in(given, out) if given.is_dir() else [given]
+    for file_or_folder in map(Path, inputs):
+        if not file_or_folder.exists():
+            raise ValueError(f"{file_or_folder}: no such file or folder")
+        paths = files_in(file_or_folder, out) if file_or_folder.is_dir() else [file_or_folder]
         if not paths or suffix_of(paths[0]) not in READERS:
             expected = f"expected files ending in {', '.join(READERS)}, or .gz of them"
-            raise ValueError(f"{given}: nothing to read; {expected}")
+            raise ValueError(f"{file_or_folder}: nothing to read; {expected}")
         for path in paths:
             if path.resolve() in seen:
                 raise ValueError(f"{path}: given twice")
             seen.add(path.resolve())
-        parts += parts_of_source(source_name(given), paths)
+        parts += parts_of_source(source_name(file_or_folder), paths)
     return parts
 
 
-def source_name(given):
+def source_name(path):
     """my.jsonl.gz -> my; the name of a folder, also of "."."""
-    if given.is_dir():
-        return utf8_name(given.resolve().name)
-    return utf8_name(re.sub(r"\.\w+(\.gz)?$", "", given.name, flags=re.IGNORECASE))
+    if path.is_dir():
+        return utf8_name(path.resolve().name)
+    return utf8_name(re.sub(r"\.\w+(\.gz)?$", "", path.name, flags=re.IGNORECASE))
 
 
 def parts_of_source(source, paths):
@@ -357,7 +363,9 @@ def whole_files(source, paths):
 
 def line_parts(source, path):
     """A large file of lines, cut at line ends into Parts of about PART_BYTES."""
-    sha256, cuts, at, line_number = hashlib.sha256(), [(0, 1)], 0, 1
+    sha256 = hashlib.sha256()
+    at, line_number = 0, 1
+    cuts = [(at, line_number)]
     with open(path, "rb") as file:
         while chunk := file.read(PART_BYTES):
             rest = file.readline()  # a part ends with a line

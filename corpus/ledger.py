@@ -36,10 +36,12 @@ def add_counts(one, other):
     return {key: add_counts(one[key], other[key]) if key in both else value for key, value in (one | other).items()}
 
 
+TITLES = "source,read,characters,malformed,empty,filtered,copies,near,kept,,val,tokens,bytes/token".split(",")
+
+
 def print_ledger(manifest, out):
     """Print the ledger as a table, with the operators that drop most, and the tokens of each split."""
-    rows = [["source", "read", "characters", "malformed", "empty", "filtered", "copies", "near"]]
-    rows[0] += ["kept", "", "val", "tokens", "bytes/token"]
+    rows = [TITLES]
     for source, counts in manifest["ledger"].items():
         rows.append(ledger_row(source, counts, [shard for shard in manifest["shards"] if shard["source"] == source]))
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -56,15 +58,15 @@ def print_ledger(manifest, out):
 
 
 def ledger_row(source, counts, shards):
+    """The cells of a source, under TITLES."""
     tokens, text_bytes = (sum(shard[key] for shard in shards) for key in ("tokens", "bytes"))
     filtered = sum(documents for documents, _ in counts["filtered"].values())
-    (read, characters), (kept, _) = counts["read"], counts["kept"]
-    malformed, empty, copies, near, val = (
-        counts[name][0] for name in ("malformed", "empty", "duplicate", "near_duplicate", "val")
-    )
-    numbers = [f"{n:,}" for n in (read, characters, malformed, empty, filtered, copies, near, kept)]
-    share = f"{100 * kept / max(read, 1):.1f} %"
-    return [source, *numbers, share, f"{val:,}", f"{tokens:,}", f"{text_bytes / max(tokens, 1):.2f}"]
+    n = {name: cell[0] for name, cell in counts.items() if name != "filtered"}  # documents
+    numbers = [n["read"], counts["read"][1], n["malformed"], n["empty"], filtered]
+    numbers += [n["duplicate"], n["near_duplicate"], n["kept"]]
+    share = f"{100 * n['kept'] / max(n['read'], 1):.1f} %"
+    cells = [f"{number:,}" for number in numbers]
+    return [source, *cells, share, f"{n['val']:,}", f"{tokens:,}", f"{text_bytes / max(tokens, 1):.2f}"]
 
 
 def keep_example(dropped, source, dropped_by, document, show):
@@ -104,5 +106,5 @@ def refuse_malformed(parts, cleaned):
         if malformed > MAX_MALFORMED * read:
             raise ValueError(
                 f"{source}: {malformed:,} of {read:,} documents are malformed, more than {MAX_MALFORMED:.0%}, "
-                f"the first is {first[source]}. Mend or remove them; the same command goes on"
+                f"the first is {first[source]}. Fix or remove them, then run the same command again"
             )

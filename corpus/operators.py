@@ -1,131 +1,21 @@
-"""Operators that clean a document: mappers change a text, filters measure it.
+"""Operators that clean a document: mappers change a text, filters measure it. pipelines.py combines them.
 
 They are those of Steel-LLM (arXiv 2502.06635, tables 7 and 8), named as in Data-Juicer (arXiv 2309.02033), with
-settings that suit Chinese, English and code.
+settings that suit Chinese, English and code. "As Steel-LLM does it" marks those that only its own settings use.
 
-    document, dropped_by = clean(document, "auto")     # dropped_by: the filter that drops it, or None
-
-A pipeline keeps a document if low <= filter(text) <= high for all of its filters; every filter gives 0 for an empty
-text. All operators take time linear in the length of the text, whatever it says.
+Every filter gives 0 for an empty text. All operators take time linear in the length of the text, whatever it says.
 """
 
 import functools
 import html
-import math
 import re
 import unicodedata
 
 import numpy as np
 
-from corpus.copies import codes_of, ngram_counts
+from corpus.ngrams import codes_of, ngram_counts
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings: the steps of each pipeline in order, the names of functions below. (filter, low, high)
-
-ANY = math.inf
-
-
-def prose(min_average_line):
-    """The steps for prose. A line of Chinese says as much in fewer characters."""
-    return [
-        *"clean_html fix_unicode expand_macro clean_links clean_email clean_ip".split(),
-        *"remove_specific_chars remove_repeat_sentences whitespace_normalization".split(),
-        ("text_length", 10, 100_000),
-        ("words_num", 5, 100_000),
-        ("average_line_length", min_average_line, ANY),
-        ("maximum_line_length", 0, 20_000),
-        ("alphanumeric", 0.5, 1),
-        ("special_characters", 0, 0.5),
-        ("character_repetition", 0, 0.4),
-        ("word_repetition", 0, 0.5),
-    ]
-
-
-PIPELINES = {
-    "zh": prose(min_average_line=4),
-    "en": prose(min_average_line=10),
-    "code": [
-        *"clean_copyright clean_email clean_ip".split(),
-        ("text_length", 10, 96_714),
-        ("words_num", 5, 20_000),
-        ("average_line_length", 5, 150),
-        ("maximum_line_length", 0, 1000),
-        ("letters_per_word", 0.546, 30),
-        ("character_repetition", 0, 0.5),
-        ("word_repetition", 0, 0.5),
-    ],
-    # Steel-LLM's own settings, for comparison: they drop or damage most Chinese text.
-    "published": [
-        *"chinese_convert clean_email clean_html clean_ip clean_all_links fix_unicode".split(),
-        *"punctuation_normalization remove_repeat_sentences remove_chars_and_bars whitespace_normalization".split(),
-        ("alphanumeric", 0, 0.9),
-        ("average_line_length", 10, 150),
-        ("maximum_line_length", 0, 1000),
-        ("character_repetition", 0, 0.4),
-        ("spaced_word_repetition", 0, 0.5),
-        ("all_special_characters", 0, 0.25),
-        ("text_length", 10, 100_000),
-    ],
-}
 REPEATED = 10  # repetition is that of n-grams of this many characters or words
-CHINESE = 0.2  # "auto" takes a text for Chinese if this share of its letters is
-
-
-def clean(document, pipeline="auto"):
-    """Clean a document and judge it -> (document, what drops it, or None if it is kept).
-
-    Each message of a chat is cleaned by itself; filters see all of them together. pipeline: one of PIPELINES;
-    "auto": code, zh or en, by the document; "none": drop only what is malformed or empty.
-    """
-    if document.problem:
-        return document, "malformed"
-    if document.dropped_by:
-        return document, document.dropped_by
-    cleaned = document.map(clean_text)
-    if not cleaned.text:
-        return cleaned, "empty"
-    if pipeline == "auto":
-        pipeline = "code" if document.kind == "code" else language(cleaned.text)
-    cleaned = cleaned.map(lambda text: apply_mappers(text, pipeline)).merge_turns()
-    if cleaned.roles != document.roles or "assistant" not in cleaned.roles:
-        return cleaned, "empty"  # a side of a conversation has nothing to say, or nothing any more
-    return cleaned, filtered_by(cleaned.text, pipeline)
-
-
-def apply_mappers(text, pipeline):
-    """The text after all mappers of a pipeline. An operator is found by its name among the functions of this file."""
-    for step in PIPELINES.get(pipeline, ()):
-        if isinstance(step, str):
-            text = globals()[step](text)
-    return text
-
-
-def filtered_by(text, pipeline):
-    """The name of the first filter that drops the text; None if it is kept."""
-    for step in PIPELINES.get(pipeline, ()):
-        if not isinstance(step, str) and not step[1] <= globals()[step[0]](text) <= step[2]:
-            return step[0]
-    return None
-
-
-def language(text):
-    """zh if enough of the letters are Chinese, else en."""
-    return "zh" if share_of(CJK, text) >= max(CHINESE * share_of(LETTER, text), 1e-9) else "en"
-
-
-def clean_text(text):
-    """What comes before every pipeline. Line ends become \\n; control characters and trailing white space are removed.
-
-    At most one blank line in a row stays. Lone surrogates, which JSON can hold and UTF-8 cannot, become "?". Control
-    characters from U+0080 on stay for fix_unicode: they may be bytes of text that was decoded with the wrong encoding.
-    """
-    text = text.encode("utf-8", errors="replace").decode("utf-8")
-    text = CONTROLS.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
-    text = "\n".join(map(str.rstrip, text.split("\n")))
-    return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
-
-
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f\ufeff\ufffe\uffff]")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Characters and their classes
@@ -177,11 +67,16 @@ def class_table():
     LETTER and ALNUM of any script, CJK, SIGN (in SIGNS), LISTED (in SPECIAL), SPACE.
     """
     table = np.zeros(0x110000, dtype=np.uint8)
-    every = list(map(chr, range(0x110000)))
-    tests = [(LETTER, str.isalpha), (ALNUM, str.isalnum), (SPACE, str.isspace)]
-    tests += [(SIGN, SIGNS.__contains__), (LISTED, SPECIAL.__contains__)]
-    for bit, test in tests:
-        table |= np.fromiter(map(test, every), dtype=bool, count=len(every)) * np.uint8(bit)
+    characters = list(map(chr, range(0x110000)))
+    tests = {
+        LETTER: str.isalpha,
+        ALNUM: str.isalnum,
+        SPACE: str.isspace,
+        SIGN: SIGNS.__contains__,
+        LISTED: SPECIAL.__contains__,
+    }
+    for bit, test in tests.items():
+        table |= np.fromiter(map(test, characters), dtype=bool, count=len(characters)) * np.uint8(bit)
     for low, high in CJK_RANGES:
         table[low : high + 1] |= CJK
     return table
@@ -200,6 +95,21 @@ def share_of(bit, text):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Mappers: str -> str
+
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f\ufeff\ufffe\uffff]")
+
+
+def clean_text(text):
+    """What comes before every pipeline. Line ends become \\n; control characters and trailing white space are removed.
+
+    At most one blank line in a row stays. Lone surrogates, which JSON can hold and UTF-8 cannot, become "?". Control
+    characters from U+0080 on stay for fix_unicode: they may be bytes of text that was decoded with the wrong encoding.
+    """
+    text = text.encode("utf-8", errors="replace").decode("utf-8")
+    text = CONTROLS.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = "\n".join(map(str.rstrip, text.split("\n")))
+    return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
+
 
 # Text of these characters alone needs no repair: none of them begins a UTF-8 sequence that was decoded with the wrong
 # encoding, none combines with its neighbours, and without & there is no entity.
@@ -266,17 +176,17 @@ LINK_IN_CHINESE = link_pattern("\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff00-\u
 
 
 def clean_links(text, pattern=LINK_IN_CHINESE):
-    """Remove web addresses, but not the punctuation behind them. An address ends where Chinese begins."""
+    """Remove web addresses, but not the punctuation after them. An address ends where Chinese begins."""
 
-    def punctuation_behind(match):
+    def punctuation_after(match):
         link = match.group().rstrip("!([]{};:'\".,<>?«»“”‘’`")
         return match.group()[len(link) :] if len(link) > len(match["start"]) else match.group()
 
-    return pattern.sub(punctuation_behind, text) if "/" in text or "www" in text.lower() else text
+    return pattern.sub(punctuation_after, text) if "/" in text or "www" in text.lower() else text
 
 
 def clean_all_links(text):
-    """As Steel-LLM does it: an address includes the Chinese right behind it."""
+    """As Steel-LLM does it: an address includes the Chinese right after it."""
     return clean_links(text, LINK)
 
 
@@ -299,7 +209,7 @@ HTML_COMMENT = re.compile("<!--.*?-->", re.DOTALL)
 def clean_html(text):
     """The text of HTML: each list item on its own line with a star, other tags removed, entities decoded.
 
-    Only if there is a real tag: "a<b" is none.
+    A text without a real tag stays as it is: "a<b" is not one.
     """
     if "<" not in text or not TAG.search(text):
         return text
@@ -317,7 +227,7 @@ COPYRIGHT = re.compile("copyright|licen[cs]e|©|版权", re.IGNORECASE)
 
 
 def clean_copyright(text):
-    """Remove the first /* */ if it mentions copyright; if there is none, the leading comment lines if they do."""
+    """Remove the first /* */ if it mentions copyright; where there is no /* */, leading comment lines that do."""
     start = text.find("/*")
     end = text.find("*/", start + 2) + 2 if start >= 0 else 1
     if end > 1:
@@ -348,8 +258,7 @@ def expand_macro(text):
 
 # Steel-LLM's table makes Chinese punctuation half-width, and the digit １ a quotation mark.
 WIDE, NARROW = "，。、„”“«»１」「《》´∶：？！（）；–～’━〈〉【】％►", ",.," + '"' * 10 + "'::?!();-~'-<>[]%-"
-PUNCTUATION = str.maketrans(WIDE, NARROW)
-PUNCTUATION |= str.maketrans({"—": " - ", "．": ". ", "…": "..."})
+PUNCTUATION = str.maketrans(WIDE, NARROW) | str.maketrans({"—": " - ", "．": ". ", "…": "..."})
 
 
 def punctuation_normalization(text):
@@ -409,7 +318,7 @@ def alphanumeric(text):
 
 
 def letters_per_word(text):
-    """Letters and digits per word: of code, what `alphanumeric` bounds in Data-Juicer's recipes."""
+    """Letters and digits per word. Data-Juicer's recipes for code bound this number, under the name alphanumeric."""
     return np.count_nonzero(classes_of(text) & ALNUM) / max(len(text.split()), 1)
 
 
@@ -433,9 +342,9 @@ def all_special_characters(text):
 
 
 def character_repetition(text, n=REPEATED):
-    """Share of the most frequent n-grams of characters, as Data-Juicer defines it.
+    """Share of the n-grams of characters that are among the most frequent ones, as Data-Juicer defines it.
 
-    Of k distinct n-grams these are the sqrt(k) most frequent ones, as far as they occur more than once.
+    Of k distinct n-grams, the sqrt(k) most frequent ones count. Those that occur only once never count.
     """
     counts = ngram_counts(codes_of(text), n)
     top = min(int(len(counts) ** 0.5), np.count_nonzero(counts > 1))
@@ -457,9 +366,10 @@ def word_codes(text):
     change = stretch[1:] != stretch[:-1]
     starts = letters[np.append(True, change)[: len(letters)]]  # a word goes from the first such letter to the last
     ends = letters[np.append(change, True)[: len(letters)]] + 1
-    codes, known = np.where(classes & CJK, codes_of(text), 0), {}
+    codes = np.where(classes & CJK, codes_of(text), 0)
+    numbers = {}  # of other words
     words = (text[start:end] for start, end in zip(starts.tolist(), ends.tolist()))
-    codes[starts] = [known.setdefault(word, 0x110000 + len(known)) for word in words]
+    codes[starts] = [numbers.setdefault(word, 0x110000 + len(numbers)) for word in words]
     return codes[codes > 0]
 
 
@@ -480,7 +390,7 @@ def word_repetition(text):
 
 def spaced_word_repetition(text):
     """As Steel-LLM does it: only white space separates words, so a whole Chinese clause is one word."""
-    known, codes = {}, []
+    numbers, codes = {}, []
     for word in text.lower().split():
         start, end = 0, len(word)
         while start < end and word[start] in SIGNS:
@@ -488,5 +398,5 @@ def spaced_word_repetition(text):
         while start < end and word[end - 1] in SIGNS:
             end -= 1
         if start < end:
-            codes.append(known.setdefault(word[start:end], len(known)))
+            codes.append(numbers.setdefault(word[start:end], len(numbers)))
     return repetition(np.array(codes))

@@ -1,4 +1,4 @@
-"""How prepare.py works: results that a killed run leaves are found again, parts are worked on by several processes."""
+"""Resumable work files and worker processes of prepare.py."""
 
 import contextlib
 import functools
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from common import lock_file, write_atomically
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Results in .work, each named after a hash of all that went into it
+# Work files: results in .work, each named after a hash of all that went into it
 
 
 def digest_of(*things):
@@ -27,7 +27,7 @@ def digest_of(*things):
 
 @functools.cache
 def code_digest():
-    """A hash of the code that shards depend on: what a run with other code left in .work is not used."""
+    """A hash of the code that shards depend on, so that work files of other code are not used."""
     folder = Path(__file__).parent.parent
     files = [folder / name for name in ("prepare.py", "tokenizer.py", "data.py")]
     return digest_of(*(path.read_bytes() for path in files + sorted(folder.glob("corpus/*.py"))))
@@ -44,16 +44,16 @@ def write_work(work, name, result):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Several processes
+# Worker processes
 
 COUNTS = None  # shared between processes: documents and bytes done
 
 
 def progress(documents, size):
     """Report documents and bytes done, from any process."""
-    for counter, more in zip(COUNTS or (), (documents, size)):
+    for counter, increase in zip(COUNTS or (), (documents, size)):
         with counter.get_lock():
-            counter.value += more
+            counter.value += increase
 
 
 def start_worker(counts, parent):
@@ -72,7 +72,7 @@ def start_worker(counts, parent):
 def in_parallel(function, tasks, workers, what, total, unit):
     """[function(task) for task in tasks] in several processes, with a bar of `total` documents, or bytes if unit is B.
 
-    function and tasks must be importable by, and sent to, a fresh process. ValueError if a process is killed.
+    function and tasks are pickled for the workers, which are new processes. ValueError if one of them is killed.
     """
     global COUNTS
     context = multiprocessing.get_context("spawn")
@@ -87,8 +87,8 @@ def in_parallel(function, tasks, workers, what, total, unit):
         with ProcessPoolExecutor(workers, context, start_worker, (COUNTS, os.getpid())) as pool:
             return list(pool.map(function, tasks))
     except BrokenProcessPool:
-        fix = "use fewer --workers; the same command goes on"
-        raise ValueError(f"a worker was killed, perhaps for want of memory: {fix}") from None
+        fix = "run the same command again with fewer --workers"
+        raise ValueError(f"a worker was killed, perhaps because memory ran out: {fix}") from None
     finally:
         done.set()
         bar.join()
@@ -110,7 +110,7 @@ def show_progress(counts, done, what, total, unit):
 
 @contextlib.contextmanager
 def folder_lock(out):
-    """Hold the lock of a folder: two runs at once would overwrite each other. ValueError if another process has it."""
+    """Hold the lock of a folder, since two runs at once would overwrite each other. ValueError if it is taken."""
     with open(out / ".lock", "w", encoding="utf-8") as file:
         if not lock_file(file, wait=3):  # the workers of a killed run need a moment to end
             raise ValueError(f"another prepare.py is at work in {out}: wait for it, or choose another --out")

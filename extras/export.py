@@ -11,6 +11,7 @@ import argparse
 from checkpoint import load
 from common import run_command
 from extras.huggingface import OWN, architecture, export_folder
+from extras.transformers_tokenizer import transformers_files
 
 OWN_NOTE = """\
 only nanoSteel reads this folder: other programs know ffn = dense, and dispatch = token with router = linear,
@@ -28,7 +29,7 @@ def get_args(argv=None):
 def main(argv=None):
     args = get_args(argv)
     model, tokenizer, info = load(args.checkpoint)
-    files = {name: text.encode("utf-8") for name, text in tokenizer.transformers_files().items()}
+    files = {name: text.encode("utf-8") for name, text in transformers_files(tokenizer).items()}
     files[tokenizer.FILE] = tokenizer.content
     ends = {"bos_token_id": tokenizer.eos_id, "eos_token_id": [tokenizer.eos_id, tokenizer.chat_end_id]}
     padding_ids = range(tokenizer.vocab_size, model.config.vocab_size)

@@ -17,7 +17,7 @@ from model import PRESETS, Config, Decoder, cross_entropy, place_tokens
 from optim import make_optimizers, scale_and_clip, update
 from parallel import Ranks
 from sample import generate
-from train import get_args, place_model
+from train import get_args, move_to_device
 
 BATCH_TOKENS = 1 << 19
 # name -> shape, samples of a micro-batch. All have Qwen's vocabulary but small, whose own it is
@@ -78,7 +78,7 @@ def training_step(name, kind, micro_batch):
             optimizers[0].step()
 
     else:
-        place_model(model, args, "cuda", True, Ranks())
+        move_to_device(model, args, "cuda", True, Ranks())
         optimizers = make_optimizers(model, "muon", 1e-4, 0.1)
         count = torch.tensor(float(targets.numel()), device="cuda")
 

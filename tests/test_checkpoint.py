@@ -150,11 +150,12 @@ def test_a_run_keeps_its_newest_checkpoints_and_those_of_keep_every(small_data, 
 
 
 def test_what_is_saved_is_what_was_there_when_save_was_called(tmp_path):
-    """Training goes on while the thread writes."""
+    """Training continues while the thread writes."""
     model, tokenizer = Decoder(Config(n_layer=1, vocab_size=50)), SimpleNamespace(FILE="tokenizer.model", content=b"x")
-    saver = Saver(tmp_path, tokenizer, Log(tmp_path), Ranks(), keep=1, keep_every=0)
+    args = SimpleNamespace(out=str(tmp_path), keep=1, keep_every=0)
+    saver = Saver(args, tokenizer, Log(tmp_path), Ranks(), constants={"chat": False})
     before = model.embedding.detach().clone()
-    saver.save(model, [], {"step": 3})
+    saver.save(model, [], State.create("cpu", [[10, 0]], step=3))
     with torch.no_grad():
         model.embedding.zero_()
     assert saver.wait() and saver.last == 3

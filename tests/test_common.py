@@ -1,6 +1,7 @@
 """How a command ends, files that are whole or not there, and locks."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -72,6 +73,8 @@ def test_a_bug_is_not_taken_for_a_mistake_of_the_user():
     for error in (TypeError("x"), KeyError("x"), RuntimeError("x"), SystemExit(2)):
         with pytest.raises(type(error)):
             exit_code(fail(error))
+    with pytest.raises(ValueError, match="Expecting"):  # raised by a library
+        exit_code(lambda argv: json.loads("{"))
 
 
 @pytest.mark.quick

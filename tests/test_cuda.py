@@ -13,7 +13,7 @@ from extras.plan import plan_bytes
 from model import PRESETS, Config, Decoder, cross_entropy, softmax_gradient
 from optim import make_optimizers, scale_and_clip, update
 from parallel import Ranks
-from train import get_args, gradients, place_model
+from train import get_args, gradients, move_to_device
 
 pytestmark = [
     pytest.mark.cuda,
@@ -91,7 +91,7 @@ def test_no_step_waits_for_the_gpu(small_data, optimizer):
     args = get_args(["--optimizer", optimizer])
     model = small_model(reset_id=0)
     model = Decoder(Config(**{**model.config.__dict__, "vocab_size": 4096}))
-    place_model(model, args, "cuda", True, Ranks())
+    move_to_device(model, args, "cuda", True, Ranks())
     optimizers = make_optimizers(model, optimizer, 1e-3, 0.1)
     data = TokenData(small_data, "train", 128)
     state = State.create("cuda", [[len(data), 0]])
@@ -149,7 +149,7 @@ def test_the_memory_of_a_step_is_the_plans(tmp_path):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     model = Decoder(config)
-    place_model(model, args, "cuda", False, Ranks())
+    move_to_device(model, args, "cuda", False, Ranks())
     optimizers = make_optimizers(model, "muon", 1e-4, 0.1)
     for _ in range(2):
         ids = torch.randint(config.vocab_size, (4, config.block_size + 1))

@@ -569,6 +569,17 @@ def test_the_untrained_model_predicts_nearly_uniformly_and_every_parameter_learn
 
 
 @pytest.mark.quick
+def test_a_new_parameter_needs_an_initialisation():
+    class Longer(Decoder):
+        def init_weights(self):
+            self.extra = torch.nn.Linear(4, 4)
+            super().init_weights()
+
+    with pytest.raises(ValueError, match="no initialisation for parameter extra.weight"):
+        Longer(Config(n_layer=1, vocab_size=50))
+
+
+@pytest.mark.quick
 def test_a_wrong_configuration_names_every_problem():
     for fields, message in (
         (dict(n_layer=0, dispatch="psychic"), "dispatch = 'psychic', expected one of causal, token, sequence"),

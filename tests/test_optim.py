@@ -202,7 +202,7 @@ def test_five_bad_steps_in_a_row_end_the_run_and_leave_its_weights(small_data, t
     flags = ["--steps", 20, "--eval-every", 0, "--save-every", 1, "--keep", 9]
     result = train(small_data, tmp_path, *flags, ok=False)
     ends = "5 steps in a row had a loss or a gradient that cannot be right: the run ends at step 7. The last good"
-    advice = "go on from there with a smaller --lr, or look at the data"
+    advice = "continue from there with a smaller --lr, or look at the data"
     refused(result, ends, f"checkpoint is {tmp_path / 'step-00000002'}: {advice}")
     assert saved_steps(tmp_path) == [1, 2]
     assert [line["skipped"] for line in log_lines(tmp_path)] == [0, 0, 1, 2, 3, 4]

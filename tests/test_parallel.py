@@ -112,6 +112,32 @@ def test_ranks_that_were_started_differently_are_refused(small_data, tmp_path):
     assert expected in said.strip().splitlines()[-1]
 
 
+HIDDEN_CHECKPOINT = """
+import os
+import train
+
+def no_checkpoint(args, argv, ranks):
+    args, log, *found = open_run(args, argv, ranks)
+    return args, log, None, None
+
+open_run = train.open_run
+if os.environ["RANK"] == "1":  # as on a node that does not see the disk of the others
+    train.open_run = no_checkpoint
+train.run_rank(train.main)
+"""
+
+
+def test_a_rank_that_does_not_see_the_checkpoint_is_refused(whole_run, tmp_path):
+    shutil.copytree(whole_run.out, tmp_path / "run")
+    script = tmp_path / "hidden.py"
+    script.write_text(HIDDEN_CHECKPOINT, encoding="utf-8")
+    processes = start(2, script, "--resume", "--out", tmp_path / "run", "--steps", 12)
+    said = processes[1].communicate()[1]
+    processes[0].kill()
+    processes[0].communicate()
+    assert processes[1].returncode == 1 and "has other checkpoint than rank 0" in said.strip().splitlines()[-1]
+
+
 NAN_ON_ONE_RANK = """
 import math, os
 import train
@@ -139,6 +165,18 @@ def test_a_nan_on_one_rank_is_skipped_by_all(small_data, tmp_path, mode):
     assert "| skipped 2" in output
     assert sorted(path.name for path in run.glob("step-*")) == [f"step-{step:08d}" for step in (1, 2, 5, 6)]
     assert [line["skipped"] for line in log_lines(run) if "loss" in line] == [0, 0, 1, 2, 2, 2]
+
+
+def test_five_bad_steps_of_one_rank_end_the_run_on_all(small_data, tmp_path):
+    script = tmp_path / "nan.py"
+    script.write_text(NAN_ON_ONE_RANK.replace("in (3, 4)", "> 2"), encoding="utf-8")
+    flags = ["--steps", 20, "--eval-every", 0, "--save-every", 1, "--log-every", 2]
+    processes = start(2, script, "--data", small_data, "--out", tmp_path / "run", *TINY, *flags)
+    said = [process.communicate()[1].strip().splitlines()[-1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    for line in said:
+        assert line.startswith("5 steps in a row had a loss or a gradient that cannot be right: the run ends at step 7")
+        assert str(tmp_path / "run" / "step-00000002") in line
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import pytest
 from conftest import call, refused
 
 from corpus.default import fetch, fetch_qwen, read_novel
+from extras.transformers_tokenizer import transformers_files
 from tokenizer import load_tokenizer, train_sentencepiece
 
 PROSE = "滚滚长江东逝水，浪花淘尽英雄。是非成败转头空。青山依旧在，几度夕阳红。\n"
@@ -233,7 +234,7 @@ def test_transformers_gives_the_same_from_the_files_written_for_it(name, request
     from transformers import AutoTokenizer
 
     ours, rng = request.getfixturevalue(name), random.Random(2)
-    for file, content in ours.transformers_files().items():
+    for file, content in transformers_files(ours).items():
         (tmp_path / file).write_text(content, encoding="utf-8")
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     n = pytestconfig.getoption("strings")

@@ -228,7 +228,7 @@ def test_sigterm_while_compiling_ends_the_run_at_once(small_data, tmp_path, comp
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=30)[0]
     assert process.returncode == 0
-    assert output == f"stopped before a first step; python train.py --resume --out {run} goes on\n"
+    assert output == f"stopped before a first step; python train.py --resume --out {run} continues\n"
     assert not list(run.glob("*step*"))
 
 
@@ -283,7 +283,7 @@ def test_flags_that_do_not_fit_are_refused_with_the_numbers(whole_run, small_dat
     if not torch.cuda.is_available():
         refused(train(small_data, run, "--device", "cuda", ok=False), "--device cuda: there is none here")
     refused(train(tmp_path / "none", run, ok=False), "no data in", "none: python prepare.py")
-    refused(train(small_data, whole_run.out, ok=False), "has checkpoints: --resume goes on from them")
+    refused(train(small_data, whole_run.out, ok=False), "has checkpoints: --resume continues from them")
     assert not run.exists()
 
 
@@ -314,7 +314,7 @@ def test_out_of_memory_says_what_helps(small_data, tmp_path):
     flags = [*TINY, "--micro-batch", 8192, "--batch-tokens", 8192 * 32]
     (process,) = start(1, script, "--data", small_data, "--out", tmp_path / "run", *flags)
     _, said = process.communicate()
-    advice = "halve it; the results do not change with --micro-batch 4096 --batch-tokens 262144"
+    advice = "the results are the same, up to rounding, with --micro-batch 4096 --batch-tokens 262144"
     assert process.returncode == 1
     assert said.strip().splitlines()[-1] == f"out of memory with --micro-batch 8192: {advice}"
     assert "Traceback" not in said

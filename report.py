@@ -1,0 +1,126 @@
+"""What a run says of itself: its configuration, a line now and then, scores on held-out text and samples."""
+
+import math
+from dataclasses import asdict
+
+import numpy as np
+import torch
+
+from common import peak_flops
+from data import evenly_spaced, inputs_and_targets
+from eval import evaluate
+from sample import generate
+
+COUNTED_TARGETS = 1 << 16  # of the training data, to estimate the bytes of a token
+
+
+def describe_run(args, model, data, n_micro, machine, ranks):
+    """Print the resolved configuration, and what a step and an epoch break down to."""
+    B, T, config = args.micro_batch, data.block_size, model.config
+    for values in (asdict(config), vars(args)):
+        ranks.say("  ".join(f"{key}={value}" for key, value in values.items()))
+    ranks.say(f"{model.n_params():,} parameters, {model.flops_per_token(T) / 1e6:.1f} MFLOP a token; {machine}")
+    product = f"micro-batch {B} x block {T} x {n_micro} micro-batches x {ranks.world} ranks"
+    ranks.say(f"a step: {args.batch_tokens:,} tokens = {product}")
+    steps = len(data) / (n_micro * B * ranks.world)
+    ranks.say(f"an epoch: {len(data):,} samples = {len(data) * T:,} tokens = {steps:.1f} steps")
+    if config.reads_ahead:
+        ranks.say('warning: dispatch = "sequence" reads the tokens that it is to predict: its losses mean nothing')
+    if machine["compile"]:
+        ranks.say("compiling: the first step takes up to a minute")
+
+
+def bytes_per_token(data, tokenizer):
+    """The mean over some of the training targets, for the bits per byte of a log line."""
+    targets = np.concatenate([inputs_and_targets(data, i)[1] for i in evenly_spaced(data, COUNTED_TARGETS)])
+    return np.mean([len(tokenizer.token_bytes[i]) for i in targets[targets >= 0]] or [1])
+
+
+class Reporter:
+    """Prints log lines and writes the same numbers to metrics.jsonl. log: a checkpoint.Log on rank 0, else None."""
+
+    def __init__(self, args, model, data, tokenizer, log, ranks, state):
+        self.args, self.model, self.tokenizer, self.log, self.ranks = args, model, tokenizer, log, ranks
+        self.device = model.embedding.device.type
+        self.block_size = model.config.block_size
+        self.flops = model.flops_per_token(self.block_size)
+        self.peak = peak_flops(self.device)
+        self.bytes_per_token = bytes_per_token(data, tokenizer)
+        self.step, self.seconds = state.step, state.seconds  # at the last line
+
+    def line(self, state, loss, norm, lr):
+        """The step that has just been made; time and speed are means since the last line."""
+        args, done, skipped = self.args, state.progress(self.args), state.skipped.item()
+        took = (state.seconds - self.seconds) / (state.step - self.step)
+        self.step, self.seconds = state.step, state.seconds
+        speed = args.batch_tokens / took
+        bpb = loss / math.log(2) / self.bytes_per_token
+        parts = [
+            f"step {state.step:>5}/{args.steps or int(state.step / done):<5} {100 * done:5.1f}%",
+            f"loss {loss:.4f} | bpb {bpb:.3f} | lr {lr:.1e} | norm {norm:.2f}",
+            f"{1000 * took:4.0f} ms | {speed / 1000:.2f}k tok/s",
+            f"mfu {100 * self.flops * speed / (self.peak * self.ranks.world):3.0f}%" if self.peak else "",
+            f"eta {(state.seconds / done - state.seconds) / 60:.0f}m",
+            f"skipped {skipped}" if skipped else "",
+        ]
+        self.ranks.say(" | ".join(part for part in parts if part))
+        if self.log:
+            self.log.add(
+                step=state.step,
+                loss=loss,
+                bpb=bpb,
+                lr=lr,
+                norm=norm,
+                ms=1000 * took,
+                seconds=state.seconds,
+                skipped=skipped,
+                tokens_per_second=speed,
+                tokens=state.samples * self.block_size,
+            )
+
+    def score(self, state, val, max_tokens, stop):
+        """Evaluate on held-out samples, and show a sample -> evaluate()'s result; None if a signal came."""
+        result = evaluate(
+            self.model,
+            val,
+            self.tokenizer.token_bytes,
+            device=self.device,
+            batch_tokens=self.args.micro_batch * self.block_size,
+            max_tokens=max_tokens,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            stopping=stop.on_any_rank,
+        )
+        if result is None:
+            return None
+        loss, bpb, tokens = result["loss"], result["bpb"], result["tokens"]
+        self.ranks.say(f"step {state.step:>5} | val loss {loss:.4f} | val bpb {bpb:.4f} | {tokens:,} tokens")
+        if self.log and state.evaluated < state.step:
+            self.log.add(step=state.step, val_loss=loss, val_bpb=bpb)
+        state.evaluated = state.step
+        if self.ranks.rank == 0 and not self.args.shard:  # a sharded model runs on all ranks or on none
+            self.sample(val, state.step)
+        return result
+
+    def sample(self, val, seed):
+        """64 tokens that continue the first 8 of the held-out text."""
+        prompt = val[0][:8].tolist()
+        ids = torch.tensor([prompt], device=self.device)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        vocab_size = self.tokenizer.vocab_size
+        with torch.compiler.set_stance("force_eager"):  # compiled, every length would need code of its own
+            steps = generate(self.model, ids, 64, vocab_size, temperature=0.8, top_p=0.95, generator=generator)
+            new = [row.item() for row in steps]
+        text = self.tokenizer.decode(prompt) + " | " + self.tokenizer.decode(new)
+        self.ranks.say("    " + text.replace("\n", " "))
+
+    def end(self, state, result, whole):
+        """The last lines: of a finished run (result: its last evaluation), or of one that was stopped and saved."""
+        run = self.args.out
+        if result:
+            tokens = state.samples * self.block_size
+            scores = f"val loss {result['loss']:.4f}, val bpb {result['bpb']:.4f}"
+            self.ranks.say(f"done: step {state.step}, {scores}, tokens {tokens}, {state.seconds:.0f} s")
+            self.ranks.say(f"next: python sample.py {run}    python eval.py {run}")
+        elif whole:
+            self.ranks.say(f"stopped at step {state.step}; python train.py --resume --out {run} continues")
