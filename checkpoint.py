@@ -17,7 +17,7 @@ import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError  # what torch.load raises for code in a file: nothing here is ever unpickled
+from pickle import UnpicklingError  # what torch.load raises for code in a file: it is refused, not run
 
 import torch
 

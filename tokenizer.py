@@ -317,7 +317,8 @@ def compare(text, tokenizers):
         ids = tokenizer.encode_array(text)
         rate = len(ids) / (time.perf_counter() - start)
         bytes_per_token = len(text.encode("utf-8")) / len(ids)
-        back, round_trip = tokenizer.decode(ids), "exact"
+        back = tokenizer.decode(ids)
+        round_trip = "exact"
         if back != text:
             same = len(os.path.commonprefix([text, back]))
             round_trip = f"from character {same} on {text[same : same + 8]!r} becomes {back[same : same + 8]!r}"

@@ -105,7 +105,8 @@ def read_json(file, path):
     if not head.startswith(b"[") and head.partition(b"\n")[0].strip() != b"{":
         yield from read_jsonl(file, path)
         return
-    folder, number = folder_name(path), 0
+    folder = folder_name(path)
+    number = 0
     try:
         for number, row in enumerate(json_values(io.TextIOWrapper(file, encoding="utf-8-sig")), 1):
             yield f"{path}, row {number}", document_or_problem(lambda row=row: row, folder, row)
@@ -119,9 +120,11 @@ def read_json(file, path):
 
 def json_values(file):
     """Yield the values of JSON arrays, or of values one after another, without holding the whole file."""
-    decoder, separators = json.JSONDecoder(strict=False), re.compile(r"[\s,]*")
+    decoder = json.JSONDecoder(strict=False)
+    separators = re.compile(r"[\s,]*")
     text, at = "", 0
-    size, in_array = 1 << 20, False
+    size = 1 << 20
+    in_array = False
     while True:
         at = separators.match(text, at).end()
         bracket = "]" if in_array else "["
@@ -149,7 +152,8 @@ def read_parquet(file, path):
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise ValueError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
-    folder, number = folder_name(path), 0
+    folder = folder_name(path)
+    number = 0
     try:
         for batch in ParquetFile(file).iter_batches(batch_size=1000):
             rows = None

@@ -7,7 +7,7 @@ read = malformed + empty + filtered (by operator) + duplicate + near_duplicate +
 import sys
 from collections import Counter
 
-MAX_MALFORMED = 0.01  # share of the documents of an input; more is an error
+MAX_MALFORMED = 0.01  # share of the documents of an input (a file or folder of the command line); more is an error
 MAX_NAMED = 10  # malformed documents of a part that are named
 
 

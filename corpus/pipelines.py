@@ -15,6 +15,10 @@ class Pipeline(NamedTuple):
     mappers: list  # str -> str, applied in this order
     filters: list  # (str -> number, low, high)
 
+    def operators(self):
+        """All functions of it."""
+        return [*self.mappers, *(measure for measure, _, _ in self.filters)]
+
 
 def prose(min_average_line):
     """The pipeline of a language. A line of Chinese says as much in fewer characters."""

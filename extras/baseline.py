@@ -116,7 +116,8 @@ def main(argv=None):
     args = get_args(argv)
     if (args.out / "metrics.jsonl").exists():
         raise ValueError(f"{args.out} has a metrics.jsonl: choose another --out")
-    tokenizer, data = load_tokenizer(args.data), TokenData(args.data, "train", BLOCK)
+    tokenizer = load_tokenizer(args.data)
+    data = TokenData(args.data, "train", BLOCK)
     log = Log(args.out)
     torch.manual_seed(args.seed)
     model = Baseline(tokenizer.embedding_rows)

@@ -145,9 +145,9 @@ def subject_names(task, folder, subjects):
                 known[subject] = (entry[1], entry[2:] + ["Hard"] * (subject in CEVAL_HARD))
         except (ValueError, AttributeError, TypeError, LookupError):
             raise ValueError(f"{path}: expected {MAPPING}") from None
-    known |= {
-        subject: (subject, []) for subject in subjects if not subject.isascii()
-    }  # ACLUE's files have Chinese names
+    for subject in subjects:
+        if not subject.isascii():  # ACLUE's files have Chinese names
+            known[subject] = (subject, [])
     if missing := [subject for subject in subjects if subject not in known]:
         some = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
         raise ValueError(f"no name for {some}, which the prompt needs: expected {path} with {MAPPING}")
@@ -168,7 +168,8 @@ def read_subjects(task, folder, split, shots):
         if not files:
             wanted = f"the folders dev and {split} of {task} as published"
             raise ValueError(f"{folder / split}: no .csv files: expected {wanted}")
-        names, read = subject_names(task, folder, files), functools.partial(read_csv, has_header=task != "mmlu")
+        names = subject_names(task, folder, files)
+        read = functools.partial(read_csv, has_header=task != "mmlu")
     subjects = {}
     for subject, (path, examples_path) in files.items():
         questions, examples = read(path), read(examples_path)[:shots] if shots else []
@@ -210,7 +211,7 @@ def letter_ids(tokenizer, task):
     """The ids of the four letters after a prompt. ValueError unless they are one token each."""
     spelled = [tokenizer.encode(task.opening + task.space + letter) for letter in LETTERS]
     if len({tuple(ids[:-1]) for ids in spelled}) > 1:
-        problem = f"the letters behind {task.opening!r} are not one token each"
+        problem = f"the letters after {task.opening!r} are not one token each"
         raise ValueError(f"{tokenizer.path}: {problem}: use --score continuation")
     return [ids[-1] for ids in spelled]
 
@@ -277,7 +278,8 @@ def last_states(model, rows, counts):
     The common prefix of all rows (a subject's shots) is read once into a cache, which is repeated for each batch. The
     rest of each row has right padding, which no earlier position can see.
     """
-    device, shared = model.embedding.device, os.path.commonprefix(rows)
+    device = model.embedding.device
+    shared = os.path.commonprefix(rows)
     shared = shared[: min(len(row) - count for row, count in zip(rows, counts))]
     prefix = model.new_cache(1, len(shared))
     if shared:
@@ -321,7 +323,8 @@ def continue_greedily(model, tokenizer, prompts, max_new_tokens):
         some = prompts[start : start + batch]
         width = max(map(len, some))
         ids = torch.tensor([[-1] * (width - len(prompt)) + prompt for prompt in some], device=device)
-        steps, ended = [], torch.zeros(len(some), dtype=torch.bool, device=device)
+        steps = []
+        ended = torch.zeros(len(some), dtype=torch.bool, device=device)
         for new in generate(model, ids, max_new_tokens, tokenizer.vocab_size, temperature=0):
             steps.append(new)
             ended |= torch.isin(new, torch.tensor(stops, device=device))
@@ -345,7 +348,7 @@ def last_number(text):
 
 
 def answer_in(text, task, question):
-    """The letter or number that a greedy continuation gives. Questions that it goes on to ask itself do not count."""
+    """The letter or number in a greedy continuation. What follows a further question that it asks itself is ignored."""
     return letter_in(text) if question.options else last_number(text.split(task.before)[0])
 
 
@@ -376,9 +379,8 @@ def ask(model, tokenizer, task, score, subject, prefix):
                 predicted = letters if score == "continuation" else {score: letters["plain"]}
                 yield question, shots, predicted, {"nats": [n if n > -math.inf else None for n in nats]}
         else:
-            for question, text in zip(
-                questions, continue_greedily(model, tokenizer, prompts, new_tokens(task, context))
-            ):
+            texts = continue_greedily(model, tokenizer, prompts, new_tokens(task, context))
+            for question, text in zip(questions, texts):
                 yield question, shots, {score: answer_in(text, task, question)}, {"text": text}
 
 
@@ -421,10 +423,10 @@ def print_report(records, subjects):
     if len(subjects) > 1:
         print_averages(f"all, mean of subjects ({len(records):,})", averages(records, True))
     print_averages(f"all, mean of questions ({len(records):,})", averages(records, False))
-    given = [Counter(record["predicted"][measure] for record in records) for measure in records[0]["predicted"]]
+    answers = [Counter(record["predicted"][measure] for record in records) for measure in records[0]["predicted"]]
     for answer in [*LETTERS, None] if records[0]["answer"] in LETTERS else [None]:
         label = f"answered {answer}" if answer else "no answer"
-        print_row(label, (f"{100 * counts[answer] / len(records):.2f}        " for counts in given))
+        print_row(label, (f"{100 * counts[answer] / len(records):.2f}        " for counts in answers))
     most = max(len(subject.examples) for subject in subjects.values())
     if fewer := sum(record["shots"] < most for record in records if record["shots"] is not None):
         print(f"{fewer:,} prompts had room for fewer than {most} shots")
@@ -449,16 +451,17 @@ def draw(plt, results, path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def score_checkpoint(args, given, subjects, device):
+def score_checkpoint(args, checkpoint, subjects, device):
     """The checkpoint's path, and a record of every answer with those of two baselines: the longest, and always one."""
-    model, tokenizer, info = load(given)
+    model, tokenizer, info = load(checkpoint)
     model.to(device).eval()
     if not model.has_cache and args.score in ("letter", "continuation"):
         problem = "dispatch = sequence reads what it is to predict: no likelihoods"
         raise ValueError(f"{info.path}: {problem}, use --score chat")
     questions = [question for subject in subjects.values() for question in subject.questions]
     commonest = Counter(question.answer for question in questions).most_common(1)[0][0]
-    records, prefix = [], prompt_prefix(tokenizer, info)
+    records = []
+    prefix = prompt_prefix(tokenizer, info)
     with tqdm(total=len(questions), desc=args.task, unit="question", disable=None) as bar:
         for name, subject in subjects.items():
             answers = ask(model, tokenizer, TASKS[args.task], args.score, subject, prefix)
@@ -479,8 +482,8 @@ def run(args, device):
     subjects = read_subjects(args.task, args.questions, split, args.shots)
     plt = pyplot() if args.png else None  # now, so that a missing matplotlib is reported before the work
     records, results = [], []
-    for given in args.checkpoints:
-        path, new = score_checkpoint(args, given, subjects, device)
+    for checkpoint in args.checkpoints:
+        path, new = score_checkpoint(args, checkpoint, subjects, device)
         print(f"{path}: {args.task} {split}, --score {args.score} --shots {args.shots}")
         print_report(new, subjects)
         results.append((path, averages(new, task.macro)))

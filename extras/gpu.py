@@ -20,17 +20,17 @@ from sample import generate
 from train import get_args, move_to_device
 
 BATCH_TOKENS = 1 << 19
-# name -> shape, samples of a micro-batch. All have Qwen's vocabulary but small, whose own it is
+# name -> shape, samples of a micro-batch. `small` keeps its own vocabulary, the others have Qwen's
 MODELS = {
     "small": (PRESETS["small"], 32),
-    "350m": (Config(n_layer=24, d_model=1024, n_head=8, n_kv_head=8, vocab_size=151_936, block_size=2048), 8),
+    "614m": (Config(n_layer=24, d_model=1024, n_head=8, n_kv_head=8, vocab_size=151_936, block_size=2048), 8),
     "steel-1b": (PRESETS["steel-1b"], 8),
 }
 ROWS = [
     ("small", "dense"),
     ("small", "causal"),
     ("small", "transformers"),
-    ("350m", "causal"),
+    ("614m", "causal"),
     ("steel-1b", "dense"),
     ("steel-1b", "causal"),
     ("steel-1b", "transformers"),
@@ -38,7 +38,7 @@ ROWS = [
 
 
 def transformers_qwen2(config):
-    """The same shape as transformers has it, with its own loss, SDPA attention and compiled as a whole."""
+    """transformers' dense model of the same shape, with its own loss and SDPA attention."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     shape = Qwen2Config(
@@ -115,7 +115,8 @@ def part_seconds(config, model, micro_batch):
     """-> seconds of all attention layers and of all feed-forward layers of a micro-batch, each compiled by itself."""
     ids = torch.zeros(micro_batch, config.block_size, dtype=torch.long, device="cuda")
     x = torch.randn(*ids.shape, config.d_model, device="cuda", requires_grad=True)
-    place, times = place_tokens(ids, config, None, torch.float32), []
+    place = place_tokens(ids, config, None, torch.float32)
+    times = []
     for layer in (model.blocks[0].attention, model.blocks[0].ffn):
         code = torch.compile(layer, dynamic=False)
 
@@ -142,8 +143,17 @@ def measure(name, kind, with_parts):
     n_params = sum(p.numel() for p in model.parameters())
     speed = BATCH_TOKENS / (BATCH_TOKENS / tokens * one + end)
     flops = Decoder.flops_per_token(model, config.block_size) if kind != "transformers" else None
-    row = {"model": name, "kind": kind, "parameters": n_params, "micro_batch": micro_batch, "tokens_per_second": speed}
-    row |= {"micro_ms": 1000 * one, "end_ms": 1000 * end, "memory_gb": memory / 1e9, "compile_s": compile_seconds}
+    row = {
+        "model": name,
+        "kind": kind,
+        "parameters": n_params,
+        "micro_batch": micro_batch,
+        "tokens_per_second": speed,
+        "micro_ms": 1000 * one,
+        "end_ms": 1000 * end,
+        "memory_gb": memory / 1e9,
+        "compile_s": compile_seconds,
+    }
     if flops and (peak := peak_flops("cuda")):
         row["mfu"] = flops * speed / peak
     if with_parts and kind != "transformers":
@@ -154,8 +164,9 @@ def measure(name, kind, with_parts):
 
 
 def decode_rows(name="small", prompt=64, new=64):
-    """Greedy decoding behind a prompt, bf16 weights: tokens/s at batch 1 and 64, ours compiled, and transformers."""
-    config, rows = MODELS[name][0], []
+    """Greedy decoding after a prompt, bf16 weights: tokens/s at batch 1 and 64, ours compiled, and transformers."""
+    config = MODELS[name][0]
+    rows = []
     for kind in ("transformers", "dense", "causal"):
         shape = replace(config, ffn="soft_moe" if kind == "causal" else "dense")
         with torch.device("cuda"):
@@ -197,7 +208,7 @@ def benchmark_gpu(args):
     result["rows"] = []
     for name, kind in ROWS:
         try:
-            row = measure(name, kind, with_parts=name != "350m")
+            row = measure(name, kind, with_parts=name != "614m")
         except torch.OutOfMemoryError:
             row = {"model": name, "kind": kind, "out_of_memory": True}
         result["rows"].append(row)

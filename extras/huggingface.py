@@ -99,7 +99,7 @@ class ConfigFields:
         """Version 5 of transformers keeps rope_theta in a dict of its own; earlier ones do not."""
         rope = self.take("rope_parameters", dict, {})
         if conflicts := [name for name in rope if self.values.get(name, rope[name]) != rope[name]]:
-            self.refuse(f"rope_parameters say another {', '.join(conflicts)}")
+            self.refuse(f"rope_parameters has another {', '.join(conflicts)}")
         self.values |= rope
 
     def require_nothing_left(self):
@@ -214,7 +214,8 @@ def hugging_face_tensors(model):
     config = model.config
     yield "model.embed_tokens.weight", model.embedding
     for i, block in enumerate(model.blocks):
-        layer, attention = f"model.layers.{i}.", block.attention
+        layer = f"model.layers.{i}."
+        attention = block.attention
         heads = [config.n_head, config.n_kv_head, config.n_kv_head]
         for name, weight, bias in zip("qkv", attention.qkv.split(heads), attention.qkv_bias.split(heads)):
             yield layer + f"self_attn.{name}_proj.weight", weight.flatten(0, 1)
@@ -288,7 +289,8 @@ def load_folder(folder):
     """A folder -> Decoder (fp32, on the CPU), content of its config.json (dict). ValueError for any other model."""
     folder = Path(folder)
     config, shared_width, content = read_config(folder / "config.json")
-    tensors, shared = read_tensors(folder), shared_expert_shapes(config, shared_width)
+    tensors = read_tensors(folder)
+    shared = shared_expert_shapes(config, shared_width)
     try:
         with torch.device("meta"):  # names and shapes, before any memory is allocated
             model = Decoder(config)
@@ -365,12 +367,13 @@ def export_folder(model, folder, tokenizer_files, ends, suppress=(), chat=False)
     """
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--export {folder} is there and not empty: name a new folder")
+        raise ValueError(f"--export {folder} exists and is not empty: name a new folder")
     temporary = folder.with_name(folder.name + ".tmp")
     if temporary.exists():
         raise ValueError(f"{temporary} is in the way, perhaps left by an export that was interrupted: remove it")
     temporary.mkdir(parents=True)
-    config, tensors = model.config, dict(hugging_face_tensors(model))
+    config = model.config
+    tensors = dict(hugging_face_tensors(model))
     if shared := shared_expert_shapes(config, SHARED_WIDTH):
         tensors = {name: t * config.n_expert if is_down_proj(name) else t for name, t in tensors.items()}
         tensors |= {name: torch.zeros(shape) for name, shape in shared.items()}

@@ -49,6 +49,7 @@ def print_noise():
     width = dict(n_layer=2, d_model=64, n_head=4, n_kv_head=4)
     for dispatch, E, P, T in RUNS:
         config = Config(**width, vocab_size=V, block_size=T, dispatch=dispatch, n_expert=E, slots_per_expert=P)
-        loss, slots = noise_loss(config), E * P
+        loss = noise_loss(config)
+        slots = E * P
         row = f"{dispatch:<10}{slots:>7}{T:>7}{slots / T:>9.4f}{loss:>9.4f}{math.log(V) - loss:>12.4f}"
         print(row, flush=True)

@@ -20,11 +20,12 @@ WORLD_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all tensors made while it is active: `now`, and `most` at one time. `before` do not count."""
+    """Counts the bytes of tensors made while it is active, except those of `before`: `now`, and `most` at one time."""
 
     def __init__(self, before):
         super().__init__()
-        self.sizes, self.now, self.most = {tensor.untyped_storage()._cdata: 0 for tensor in before}, 0, 0
+        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in before}
+        self.now = self.most = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))

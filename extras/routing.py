@@ -94,7 +94,8 @@ def print_layer(layer, combine, back, labels, P):
     for label, shares, distances in zip([*labels, "mean"], [*combine, combine.mean(0)], [*back, back.mean(0)]):
         line = label + " " * (margin - width_of(label))
         for j, (share, distance) in enumerate(zip(shares.tolist(), distances.tolist())):
-            cell, largest = f"{100 * share:.0f} ←{distance:.1f}", share == shares.max().item()
+            cell = f"{100 * share:.0f} ←{distance:.1f}"
+            largest = share == shares.max().item()
             if largest and sys.stdout.isatty():  # each expert has its own colour
                 line += " " * (11 - len(cell)) + coloured(cell, j // P * P / S)
             else:

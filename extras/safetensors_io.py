@@ -60,7 +60,8 @@ def read_safetensors(path):
         start = 8 + int.from_bytes(content[:8].tobytes(), "little")
         if start > len(content):
             raise ValueError(f"the header ends at byte {start}, the file at {len(content)}")
-        header, data = parse_object(content[8:start].tobytes()), content[start:]
+        header = parse_object(content[8:start].tobytes())
+        data = content[start:]
         header.pop("__metadata__", None)
         return {
             name: torch.from_numpy(data[begin:end]).view(DTYPES[dtype]).view(shape)
@@ -103,7 +104,8 @@ def are_counts(value):
 def write_safetensors(path, tensors):
     """{name: tensor} -> a file; the tensors may have any layout and be on any device. It is flushed, not renamed."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header, at = {"__metadata__": {"format": "pt"}}, 0
+    header = {"__metadata__": {"format": "pt"}}
+    at = 0
     for name, tensor in tensors.items():
         end = at + tensor.nbytes
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}

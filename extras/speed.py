@@ -96,7 +96,8 @@ def layer_step(layer, T, args):
 def benchmark_layer(args):
     keep_large_buffers()
     torch.manual_seed(0)
-    tokens, config = LAYER_TOKENS[args.device], args.config
+    tokens = LAYER_TOKENS[args.device]
+    config = args.config
     layers = {kind: make_layer(kind, args) for kind in ("dense", "causal")}
     count = {kind: sum(p.numel() for p in layer.parameters()) for kind, layer in layers.items()}
     machine = f"{torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name()
@@ -123,7 +124,7 @@ def benchmark_layer(args):
 
 @torch.no_grad()
 def benchmark_layer_decoding(args):
-    """The time that one Soft MoE layer takes for one new token, behind texts of several lengths."""
+    """The time that one Soft MoE layer takes for one new token, after texts of several lengths."""
     model = Decoder(args.config).to(args.device)
     lengths, steps, caches = (64, 256, 1024, 4096), [], []
     for length in lengths:
@@ -136,8 +137,8 @@ def benchmark_layer_decoding(args):
     times = median_seconds(steps, 20 * args.repeats, args.device)
     micros = ", ".join(f"{1e6 * t:.0f}" for t in times)
     state = ", ".join(str(sum(a.numel() for a in cache.recent[0])) for cache in caches)
-    behind = ", ".join(map(str, lengths))
-    print(f"decoding, microseconds a token behind {behind} tokens: {micros}; state: {state} numbers")
+    counts = ", ".join(map(str, lengths))
+    print(f"decoding, microseconds a token after {counts} tokens: {micros}; state: {state} numbers")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ def benchmark_layer_decoding(args):
 
 
 def benchmark_speed(args):
-    # In a process of its own, which gives its 16 GB back at its end
+    # In a new process, which returns its 16 GB when it ends
     settings = {"device": args.device, "compiled": args.compile and args.device == "cuda"}
     loss = multiprocessing.get_context("spawn").Process(target=benchmark_loss, kwargs=settings)
     loss.start()
@@ -269,7 +270,7 @@ def benchmark_loss(V=151_936, D=512, T=1024, B=8, device="cpu", compiled=False):
 
 
 def benchmark_decoding(config, args, new=128):
-    """Greedy tokens/s of one text and of 16 at once, behind a short and a long prompt, whose own time is subtracted."""
+    """Greedy tokens/s of one text and of 16 at once, after a short and a long prompt, whose time is subtracted."""
     models = {}
     for name, shape in (("causal", config), ("dense", replace(config, ffn="dense"))):
         models[name] = Decoder(shape)
@@ -293,7 +294,7 @@ def benchmark_decoding(config, args, new=128):
     times = median_seconds(calls, max(1, args.repeats // 3), args.device)
     for (name, B, T), prompt, whole in zip(cases, times[::2], times[1::2]):
         speed = B * new / (whole - prompt)
-        print(f"    greedy, {name:<18}{B:>3} at once behind {T:>5} tokens: {speed:>7,.0f} tokens/s")
+        print(f"    greedy, {name:<18}{B:>3} at once after {T:>5} tokens: {speed:>7,.0f} tokens/s")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

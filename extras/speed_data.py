@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from corpus import operators
+from corpus.cleaning import clean_part
 from corpus.default import fetch, fetch_qwen, read_newspaper
 from corpus.formats import file_parts
+from corpus.operators import class_table
+from corpus.pipelines import PIPELINES
 from extras.timing import timed
-from prepare import NEAR_DUPLICATE, clean_part, outcomes_of
+from prepare import NEAR_DUPLICATE, outcomes_of
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -101,7 +103,8 @@ def resident_memory(kind):
 
 def tokenising_speed(texts):
     """Tokens a second of one process with Qwen's vocabulary."""
-    tokenizer, rates = load_tokenizer(fetch_qwen()), []
+    tokenizer = load_tokenizer(fetch_qwen())
+    rates = []
     for _ in range(3):
         took, tokens = timed(lambda: sum(len(tokenizer.encode_array(text)) for text in texts))
         rates.append(tokens / took)
@@ -110,7 +113,7 @@ def tokenising_speed(texts):
 
 def cleaning_speed(path, work):
     """Characters a second of one process: a file read, cleaned by the zh pipeline and written, and its copies found."""
-    operators.class_table()  # made once a process, and not part of the measurement
+    class_table()  # made once a process, and not part of the measurement
     took, result = timed(functools.partial(clean_part, file_parts([path])[0], work, "zh", 0))
     hashes = np.load(work / f"{result['key']}.hashes.npy", allow_pickle=False)
     more, _ = timed(lambda: outcomes_of(hashes[:, :3], hashes[:0, :3], np.zeros(len(hashes), dtype=bool), near=True))
@@ -135,13 +138,12 @@ def prepare_seconds(inputs, out, workers):
 
 def slowest_operators(n):
     """The n slowest [(seconds, operator, hostile text)]."""
-    steps = [step for pipeline in operators.PIPELINES.values() for step in pipeline]
-    names = sorted({step if isinstance(step, str) else step[0] for step in steps})
+    operators = {operator for pipeline in PIPELINES.values() for operator in pipeline.operators()}
     times = []
-    for operator in names:
+    for operator in operators:
         for name, text in HOSTILE.items():
-            call = functools.partial(getattr(operators, operator), text[:1_000_000])
-            times.append((timed(call)[0], operator, name))
+            took = timed(functools.partial(operator, text[:1_000_000]))[0]
+            times.append((took, operator.__name__, name))
     return sorted(times, reverse=True)[:n]
 
 

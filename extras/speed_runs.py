@@ -60,8 +60,10 @@ def run_until(command, step, **environment):
 
 def state_times(out, flags, repeats=20):
     """-> median seconds to read a step's batch, and to copy the state of model and optimizers, of the run in `out`."""
-    options, config = train_args(list(flags)), load(out)[0].config
-    data, model = TokenData(options.data, "train", config.block_size), Decoder(config)
+    options = train_args(list(flags))
+    config = load(out)[0].config
+    data = TokenData(options.data, "train", config.block_size)
+    model = Decoder(config)
     n = options.batch_tokens // config.block_size if options.batch_tokens else options.micro_batch
     optimizers = make_optimizers(model, options.optimizer, options.lr, options.weight_decay)
     for p in model.parameters():
@@ -97,10 +99,10 @@ def benchmark_run(args, flags=(), steps=40):
 
         times = {1: [], 2: []}
         for i in range(repeats):
-            for processes, own in times.items():
+            for processes, seconds in times.items():
                 command = train_command(Path(folder) / f"{processes}-{i}", *flags, processes=processes)
-                own.append(run_until(command, steps, OMP_NUM_THREADS="1")[1])
-        one, two = (statistics.median(own) for own in times.values())
+                seconds.append(run_until(command, steps, OMP_NUM_THREADS="1")[1])
+        one, two = (statistics.median(seconds) for seconds in times.values())
         print(
             f"a step of one process of one thread: {1000 * one:.0f} ms; of two, each with as many tokens: "
             f"{1000 * two:.0f} ms: {2 * one / two:.2f}x the tokens a second"

@@ -78,7 +78,7 @@ def get_args(argv=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Candidates from outside: other ways to mix in the tokens before, in front of a feed-forward layer
+# Candidates from outside: other ways to mix in earlier tokens, before a feed-forward layer
 
 
 class Convolution(nn.Module):
@@ -130,7 +130,7 @@ CANDIDATES = {"convolution": Convolution, "convolution-token": Convolution, "dec
 
 
 class Candidate(Decoder):
-    """A decoder with a mixing layer, of the class `mixing`, in front of each feed-forward layer. It cannot decode."""
+    """A decoder with a mixing layer, of the class `mixing`, before each feed-forward layer. It cannot decode."""
 
     mixing = None
     has_cache = False
@@ -161,7 +161,7 @@ def train_variant(name, seed, args):
     argv += ["--seed", str(seed), "--eval-every", "0", "--save-every", "200", "--keep", "1"]
     train.main(argv + (["--resume"] if any(out.glob("step-*")) else []))
     if "val_loss" not in read_metrics(out)[-1]:
-        raise ValueError("stopped before its end; the same command goes on")
+        raise ValueError("stopped before its end; the same command continues")
     return newest_checkpoint(out)
 
 
@@ -172,10 +172,12 @@ def read_metrics(out):
 def run_one(name, seed, args):
     """Train one variant and write what was measured to result.json."""
     checkpoint = train_variant(name, seed, args)
-    out, state = checkpoint.parent, read_state(checkpoint)
+    out = checkpoint.parent
+    state = read_state(checkpoint)
     model = decoder_class(name)(Config(**state["config"]))
     model.load_state_dict(read_tensors(checkpoint / "model.pt"))
-    lines, val = read_metrics(out), TokenData(args.data, "val", model.config.block_size)
+    lines = read_metrics(out)
+    val = TokenData(args.data, "val", model.config.block_size)
     result = {
         "loss": lines[-1]["val_loss"],
         "bpb": lines[-1]["val_bpb"],
@@ -227,14 +229,14 @@ def read_result(name, seed, args):
 
 
 def open_study(args):
-    """Create the folder of a study, or refuse one whose results cannot stand in one table with those of these flags."""
+    """Create the folder of a study, or refuse one with results of other flags: they cannot be in the same table."""
     path = args.out / "study.json"
-    given = {"steps": args.steps, "minutes": args.minutes, "data": args.data, "flags": args.flags}
+    settings = {"steps": args.steps, "minutes": args.minutes, "data": args.data, "flags": args.flags}
     if not path.exists():
         args.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(given, indent=1).encode("utf-8"))
+        write_atomically(path, json.dumps(settings, indent=1).encode("utf-8"))
     begun = json.loads(path.read_text(encoding="utf-8"))
-    other = [f"{key} {begun.get(key)!r}, not {value!r}" for key, value in given.items() if begun.get(key) != value]
+    other = [f"{key} {begun.get(key)!r}, not {value!r}" for key, value in settings.items() if begun.get(key) != value]
     if other:
         raise ValueError(f"{args.out} holds another study ({'; '.join(other)}): choose another --out")
 
@@ -286,7 +288,8 @@ def print_table(args, seeds):
         results = [result for seed in range(seeds[name]) if (result := read_result(name, seed, args))]
         if not results:
             continue
-        first, losses = results[0], [result["loss"] for result in results]
+        first = results[0]
+        losses = [result["loss"] for result in results]
         keys = ("loss", "bpb", "trained", "speed", "memory")
         mean = {key: statistics.mean(result[key] for result in results) for key in keys}
         claimed = f" (it claims {first['claimed']:.4f})" if "claimed" in first else ""
@@ -316,7 +319,7 @@ def main(argv=None):
     try:
         failed = run_all(args, seeds)
     except KeyboardInterrupt:
-        raise ValueError("stopped; the same command goes on") from None
+        raise ValueError("stopped; the same command continues") from None
     print_table(args, seeds)
     if failed:
         raise ValueError(f"these runs failed: {', '.join(failed)}")

@@ -176,7 +176,7 @@ def test_letters_of_several_tokens_are_refused(tmp_path):
     # " A" becomes one token, " B" two
     train_sentencepiece(["答案 A，" * 500 + "甲B乙C丙D" * 50], 274, tmp_path / "tokenizer.model")
     tokenizer = load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="letters behind 'Answer:' are not one token each: use --score continuation"):
+    with pytest.raises(ValueError, match="letters after 'Answer:' are not one token each: use --score continuation"):
         letter_ids(tokenizer, TASKS["mmlu"])
     assert [tokenizer.decode([i]) for i in letter_ids(tokenizer, TASKS["ceval"])] == list("ABCD")
 

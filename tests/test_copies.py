@@ -8,8 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from corpus import copies
-from corpus.copies import MAX_PERPLEXITY, NGram, fingerprints, near_copies
+from corpus.copies import fingerprints, near_copies
+from corpus.ngrams import ngram_counts
+from corpus.reference import MAX_PERPLEXITY, NGram
 from prepare import REFERENCE_CHARACTERS
 
 ALPHABET = "却说曹操引兵渡河ab 1\n，。é😀"
@@ -21,7 +22,7 @@ def test_ngram_counts_are_those_of_a_dictionary(n):
     text = "".join(random.Random(n).choices("abc", k=500))
     expected = sorted(Counter(text[i : i + n] for i in range(len(text) - n + 1)).values(), reverse=True)
     codes = np.array([ord(character) for character in text], dtype=np.uint64)
-    assert copies.ngram_counts(codes, n).tolist() == expected
+    assert ngram_counts(codes, n).tolist() == expected
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ SMALL = {  # flags that make a command cheap
     "prepare.py": "--vocab-size 4000",
     "train.py": "--n-layer 1 --d-model 32 --eval-tokens 1000 --no-compile --steps 3",
     "train.py --resume": "--steps 5",  # two more than the run has done
+    "train.py --resume --minutes": "--minutes 0.01",  # the run has used up more: it scores and ends
     "train.py --dry-run": "",
     "sample.py": "--max-new-tokens 5",
     "eval.py": "",
@@ -45,7 +46,9 @@ OTHERS = [command for command in COMMANDS if not command.startswith("pip ")]
 def kind_of(command):
     """The key of SMALL for a command: its program, and the flag that changes what the program does."""
     program = next((word for word in command.split() if re.fullmatch(r"\w+\.py|extras\.\w+|pytest", word)), command)
-    return next((f"{program} {flag}" for flag in ("--resume", "--dry-run") if flag in command), program)
+    return next(
+        (f"{program} {flag}" for flag in ("--resume --minutes", "--resume", "--dry-run") if flag in command), program
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -55,6 +58,15 @@ def kind_of(command):
 @pytest.mark.quick
 def test_both_pages_have_the_same_commands_in_the_same_order():
     assert commands_of("README.zh.md") == COMMANDS
+
+
+@pytest.mark.quick
+def test_every_link_of_the_pages_leads_to_a_file_and_nothing_is_unfinished():
+    for page in [*PAGES, *(path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md"))]:
+        text = text_of(page)
+        assert "<!--" not in text, page
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"
 
 
 @pytest.mark.quick
@@ -118,6 +130,8 @@ def test_every_other_command_of_the_readme_runs(command, folder):
     assert result.returncode == 0, command + "\n" + out + result.stderr  # pytest: 5 if it collects nothing
     if kind == "train.py":
         assert "done: step 3, val loss " in out
+    elif kind == "train.py --resume --minutes":
+        assert "new samples, mixed with the" in out and "done: step 5, val loss " in out
     elif kind == "train.py --resume":
         assert "done: step 5, val loss " in out
     elif kind == "train.py --dry-run":

@@ -34,12 +34,28 @@ def conversation(*turns):
     return {"id": "16012449", "conversations": [{"from": side, "value": text} for side, text in turns]}
 
 
-EXAM = {"id": "1", "q_type": "单选题", "q_main": "一加一等于几？", "option_a": "1", "option_b": "2", "option_c": "3"}
-EXAM |= {"option_d": "4", "option_e": None, "std_ans": "B", "answer_detail": "算术。", "grade": None}
+EXAM = {
+    "id": "1",
+    "q_type": "单选题",
+    "q_main": "一加一等于几？",
+    "option_a": "1",
+    "option_b": "2",
+    "option_c": "3",
+    "option_d": "4",
+    "option_e": None,
+    "std_ans": "B",
+    "answer_detail": "算术。",
+    "grade": None,
+}
 SECTIONS = [{"title": "形态", "content": "红色。"}, {"title": "用途", "content": "入药。"}]
 SYSTEM = {"role": "system", "content": "简短。"}
-STARCODER = {"max_stars_repo_path": "a.py", "max_stars_repo_name": "u/r", "max_stars_count": 3, "id": "1"}
-STARCODER |= {"content": "<reponame>u/r<filename>a.py\nimport os\n"}
+STARCODER = {
+    "max_stars_repo_path": "a.py",
+    "max_stars_repo_name": "u/r",
+    "max_stars_count": 3,
+    "id": "1",
+    "content": "<reponame>u/r<filename>a.py\nimport os\n",
+}
 
 ROWS = {
     "plain": ({"text": "天地玄黄"}, Document("天地玄黄")),
@@ -315,16 +331,16 @@ BAD_FILES = [
     (
         "a.jsonl.gz",
         gzip.compress(b"\n".join(GOOD))[:-20],
-        ["a.jsonl.gz: damaged behind line", "fetch it again; the same command goes on"],
+        ["a.jsonl.gz: damaged after line", "fetch it again, then run the same command again"],
     ),
-    ("b.jsonl.gz", b"no gzip", ["b.jsonl.gz: damaged behind line 1"]),
-    ("c.json", b"[" + GOOD[0] + b", {]", ["c.json: not JSON", "behind row 1", "a row a line"]),
-    ("d.json", b"[" + GOOD[0] + b",", ["d.json: not JSON (Expecting value) behind row 1"]),
-    ("e.json", b'["\xff"]', ["e.json: not UTF-8 behind row 0"]),
+    ("b.jsonl.gz", b"no gzip", ["b.jsonl.gz: damaged after line 1"]),
+    ("c.json", b"[" + GOOD[0] + b", {]", ["c.json: not JSON", "after row 1", "a row a line"]),
+    ("d.json", b"[" + GOOD[0] + b",", ["d.json: not JSON (Expecting value) after row 1"]),
+    ("e.json", b'["\xff"]', ["e.json: not UTF-8 after row 0"]),
     ("g.json", b"[" * 100_000, ["g.json: not JSON"]),
     ("h.json", b'[{"n": ' + b"9" * 5000 + b"}]", ["h.json: not JSON (Exceeds the limit"]),
-    ("i.txt.gz", gzip.compress(b"a\n" * 90_000)[:-9], ["i.txt.gz: damaged behind line "]),
-    ("f.parquet", b"PAR1 cut short", ["f.parquet: damaged behind row 0"]),
+    ("i.txt.gz", gzip.compress(b"a\n" * 90_000)[:-9], ["i.txt.gz: damaged after line "]),
+    ("f.parquet", b"PAR1 cut short", ["f.parquet: damaged after row 0"]),
 ]
 
 

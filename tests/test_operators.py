@@ -8,7 +8,8 @@ import pytest
 from corpus import operators
 from corpus.copies import fingerprints
 from corpus.documents import Document
-from corpus.operators import PIPELINES, apply_mappers, clean, clean_text, filtered_by, language
+from corpus.operators import clean_text
+from corpus.pipelines import PIPELINES, apply_mappers, clean, filtered_by, language
 from extras.speed_data import HOSTILE
 
 
@@ -24,7 +25,7 @@ MAPPED = [
     ("clean_email", "a@b 不是", "a@b 不是"),
     ("clean_ip", "从192.168.0.255来，到2001:0db8:0:0:0:0:0:1去", "从来，到去"),
     ("clean_ip", "版本1.2.3", "版本1.2.3"),
-    ("clean_links", "请看http://a.cn/b(c)d。很好", "请看。很好"),  # right behind Chinese, and no further than Chinese
+    ("clean_links", "请看http://a.cn/b(c)d。很好", "请看。很好"),  # right after Chinese, and no further than Chinese
     ("clean_links", "see (https://en.wikipedia.org/wiki/Soft_(MoE)), and www.example.com/x!", "see (), and !"),
     ("clean_links", "file.txt example.com/path a:b", "file.txt  a:b"),
     ("clean_html", "<p>一&amp;二</p><ul><li>甲</li><li>乙</li></ul>", "一&二\n*甲\n*乙"),
@@ -125,13 +126,12 @@ def test_any_other_text_is_english(text):
     assert language(text) == "en"
 
 
-def test_every_step_of_a_pipeline_is_an_operator_and_mappers_come_first():
-    for steps in PIPELINES.values():
-        kinds = [isinstance(step, str) for step in steps]
-        assert kinds == sorted(kinds, reverse=True)
-        for step in steps:
-            result = getattr(operators, step if isinstance(step, str) else step[0])("")
-            assert result == ("" if isinstance(step, str) else 0)
+def test_mappers_leave_an_empty_text_empty_and_filters_give_0_for_it():
+    assert PIPELINES.keys() == {"zh", "en", "code", "published", "none"}
+    for mappers, filters in PIPELINES.values():
+        assert [mapper("") for mapper in mappers] == [""] * len(mappers)
+        assert [measure("") for measure, _, _ in filters] == [0] * len(filters)
+        assert all(low < high for _, low, high in filters)
 
 
 def chat(*turns):
@@ -225,13 +225,13 @@ def test_code_keeps_what_prose_operators_delete():
 # ----------------------------------------------------------------------------------------------------------------------
 # Any input
 
-OPERATORS = {step if isinstance(step, str) else step[0] for steps in PIPELINES.values() for step in steps}
+OPERATORS = {operator for pipeline in PIPELINES.values() for operator in pipeline.operators()}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_no_hostile_text_holds_an_operator_up(name):
     """Anything that is not linear would take hours."""
     text = HOSTILE[name][:300_000]
-    for operator in (*sorted(OPERATORS), "clean_text"):
-        getattr(operators, operator)(text)
+    for operator in (*OPERATORS, clean_text):
+        operator(text)
     assert len(fingerprints([text])) == 1

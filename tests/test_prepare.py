@@ -369,7 +369,8 @@ def test_prose_that_surprises_a_reference_is_dropped(tmp_path):
     assert closes(ledger) and ledger["web"]["kept"][0] == 5 and ledger["web"]["filtered"] == {"perplexity": [5, 1500]}
     assert not ledger["novel"]["filtered"]
     result = call("prepare.py", novel, web, "--out", tmp_path / "no", "--reference", "books", ok=False)
-    refused(result, "--reference books: nothing is kept of such a source; there are novel, web")
+    missing = "--reference books: no source of this name has text left after cleaning"
+    refused(result, missing, "expected one of novel, web")
 
 
 def test_chat_keeps_its_roles_and_counts_only_answers(tmp_path):
@@ -465,7 +466,7 @@ def test_the_result_does_not_depend_on_the_number_of_processes(raw, undisturbed,
     assert contents(tmp_path / "two") == contents(undisturbed)
 
 
-def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(raw, undisturbed, tmp_path):
+def test_killed_at_any_moment_it_continues_and_ends_with_the_same_bytes(raw, undisturbed, tmp_path):
     random.seed(0)
     kills, wait, out = 0, 0.3, tmp_path / "out"
     while True:
@@ -524,24 +525,25 @@ def test_appending_adds_shards_and_changes_no_byte(raw, tmp_path):
     call("prepare.py", raw / "0.jsonl", raw / "1.jsonl", *flags, "--vocab-size", 4000)
     before, manifest = contents(out), read_manifest(out)
     for more in ("2.jsonl", "3.jsonl"):
-        call("prepare.py", raw / more, *flags)
+        said = call("prepare.py", raw / more, *flags).stdout.splitlines()
+        assert said[-2] == f"next: python train.py --data {out} --out out/out --resume" and "--minutes 20" in said[-1]
     after, grown = contents(out), read_manifest(out)
     assert all(after[name] == sha256 for name, sha256 in before.items() if name != "manifest.json")
     assert grown["shards"][: len(manifest["shards"])] == manifest["shards"]
     assert grown["tokenizer"] == manifest["tokenizer"]
     ledger = grown["ledger"]
     assert closes(ledger)
-    assert [given["name"].rpartition("/")[2] for given in grown["inputs"]] == [f"{i}.jsonl" for i in range(4)]
+    assert [entry["name"].rpartition("/")[2] for entry in grown["inputs"]] == [f"{i}.jsonl" for i in range(4)]
     assert ledger["2"]["duplicate"][0] == ledger["3"]["duplicate"][0] == 1  # the first chapter, which is in
     assert ledger["2"]["near_duplicate"][0] == 1  # of the last
     texts, _ = kept_texts(out)
     both = texts["train"] + texts["val"]
     assert len(both) == len(set(both)) == sum(counts["kept"][0] for counts in ledger.values())
 
-    refused(call("prepare.py", raw, *flags, ok=False), "0.jsonl: is in already (as ")
+    refused(call("prepare.py", raw, *flags, ok=False), "0.jsonl: was already added (as ")
     (tmp_path / "same.jsonl").write_bytes((raw / "2.jsonl").read_bytes())
     same = call("prepare.py", tmp_path / "same.jsonl", *flags, ok=False)
-    refused(same, "same.jsonl: is in already (as ", "2.jsonl)")
+    refused(same, "same.jsonl: was already added (as ", "2.jsonl)")
     qwen = call("prepare.py", raw / "4.jsonl", *flags, "--tokenizer", "qwen", ok=False)
     refused(qwen, "has its own: leave the flag out")
     assert contents(out) == after
@@ -559,7 +561,7 @@ def test_a_full_disk_leaves_what_was_there(raw, tmp_path):
 
     command = [sys.executable, "prepare.py", raw / "1.jsonl", "--out", out, "--workers", "1"]
     result = subprocess.run(command, cwd=ROOT, preexec_fn=limit, capture_output=True, text=True, encoding="utf-8")
-    refused(result, "File too large", "what was there is as it was", "the same command goes on")
+    refused(result, "File too large", "nothing was changed; fix this and run the same command again")
     assert {name: sha256 for name, sha256 in contents(out).items() if name in before} == before
     call("prepare.py", raw / "1.jsonl", "--out", out, "--workers", 1)
     assert set(before) < set(contents(out)) and not (out / ".work").exists()

@@ -88,7 +88,7 @@ def test_an_interrupted_study_resumes_where_it_was(small_data, tmp_path):
     while first.poll() is None and not (metrics.exists() and metrics.read_text(encoding="utf-8").count("\n") > 20):
         time.sleep(0.05)
     first.send_signal(signal.SIGTERM)
-    assert first.communicate()[1].splitlines() == ["stopped; the same command goes on"] and first.returncode == 1
+    assert first.communicate()[1].splitlines() == ["stopped; the same command continues"] and first.returncode == 1
     stopped_at = int(next(metrics.parent.glob("step-*")).name[5:])
     assert 20 <= stopped_at < 150 and not (metrics.parent / "result.json").exists()
 
