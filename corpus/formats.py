@@ -293,7 +293,7 @@ def lines_until(file, stop):
 
 
 def utf8_name(name):
-    """A file name as text that can be written, though its bytes may be no UTF-8."""
+    """A file name as text that can be written, even if its bytes are not UTF-8."""
     return str(name).encode("utf-8", errors="replace").decode("utf-8")
 
 

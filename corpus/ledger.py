@@ -21,7 +21,7 @@ def new_count():
 
 
 def count(ledger, source, outcome, characters):
-    """Add a document to the ledger, {source: new_count()}. An outcome that is none of its names is an operator."""
+    """Add a document to the ledger, {source: new_count()}. An outcome that is not one of its names is an operator."""
     counts = ledger.setdefault(source, new_count())
     cell = counts[outcome] if outcome in counts else counts["filtered"].setdefault(outcome, [0, 0])
     cell[0] += 1

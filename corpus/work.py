@@ -61,7 +61,7 @@ def start_worker(counts, parent):
     COUNTS = counts
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    def end_with_parent():  # a killed parent cannot end its workers, and they must not write beside the next run's
+    def end_with_parent():  # a killed parent cannot end its workers, which must not write while the next run does
         while os.getppid() == parent:
             time.sleep(0.2)
         os._exit(1)

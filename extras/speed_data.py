@@ -121,7 +121,7 @@ def cleaning_speed(path, work):
 
 
 def copy_search(n):
-    """-> (seconds to find the copies among n made-up documents, near copies found); one in two thousand is one."""
+    """-> (seconds to find the copies among n made-up documents, near copies found). Every 2,000th is a near copy."""
     hashes = np.random.default_rng(0).integers(0, 1 << 64, (n, 3), dtype=np.uint64)
     copies = hashes[n // 2 :: 1000, 2]
     copies[:] = hashes[: len(copies), 2] ^ np.uint64(0b1011)  # 3 bits apart

@@ -422,7 +422,7 @@ def test_the_command(small_data, tmp_path):
         assert record["shots"] == (None if too_long else 2)
     assert "room for fewer" not in shown
 
-    # In training every document began behind an eos, so every prompt does.
+    # In training, an eos came before every document, so it comes before every prompt.
     model, tokenizer, _ = load(steps[0])
     subject = read_subjects("cmmlu", tmp_path / "cmmlu", "test", 2)["arts"]
     prompt = build_prompts(tokenizer, TASKS["cmmlu"], "letter", subject, 256, [tokenizer.eos_id])[0]

@@ -250,7 +250,7 @@ def test_an_export_fills_an_empty_folder_and_leaves_any_other_as_it_is(tmp_path)
     assert generation == {"suppress_tokens": [48, 49]}
     assert (folder / "tokenizer.model").read_bytes() == b"..."
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(ValueError, match="empty is there and not empty: name a new folder"):
+    with pytest.raises(ValueError, match="empty exists and is not empty: name a new folder"):
         export_folder(model, folder, {}, {})
     assert before == {path: path.read_bytes() for path in folder.iterdir()}
 

@@ -44,7 +44,7 @@ def test_every_parameter_is_in_one_group_and_learns():
             model(ids[:, :-1], ids[:, 1:]).backward()
             update(optimizers, 0.01, torch.tensor(False))
         assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
-        assert [group["lr"] for group in groups] == [0.01 * group["scale"] for group in groups]
+        assert [group["lr"] for group in groups] == [0.01 * group["lr_scale"] for group in groups]
 
 
 @pytest.mark.quick
