@@ -37,10 +37,13 @@ ROWS = [
 ]
 
 
-def transformers_qwen2(config):
-    """transformers' dense model of the same shape, with its own loss and SDPA attention."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
+def transformers_model(config):
+    """transformers' dense Qwen2 of the same shape, with its own loss and SDPA attention."""
+    try:
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+    except ImportError:
+        install = "pip install -r tests/requirements.txt"
+        raise ValueError(f"extras.speed compares with transformers: {install}") from None
     shape = Qwen2Config(
         vocab_size=config.vocab_size,
         hidden_size=config.d_model,
@@ -51,7 +54,6 @@ def transformers_qwen2(config):
         max_position_embeddings=config.block_size,
         tie_word_embeddings=config.tie_embeddings,
         attn_implementation="sdpa",
-        use_cache=False,
     )
     return Qwen2ForCausalLM(shape)
 
@@ -63,14 +65,14 @@ def training_step(name, kind, micro_batch):
     ids = torch.randint(config.vocab_size, (micro_batch, config.block_size + 1), device="cuda")
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     with torch.device("cuda"):
-        model = transformers_qwen2(config) if kind == "transformers" else Decoder(config)
+        model = transformers_model(config) if kind == "transformers" else Decoder(config)
     if kind == "transformers":
         optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)]
         compiled = torch.compile(model, dynamic=False)
 
         def micro():
             with autocast("cuda"):
-                loss = compiled(input_ids=ids, labels=ids).loss  # it shifts the labels itself
+                loss = compiled(input_ids=ids, labels=ids, use_cache=False).loss  # it shifts the labels itself
             loss.backward()
 
         def finish():
@@ -170,7 +172,7 @@ def decode_rows(name="small", prompt=64, new=64):
     for kind in ("transformers", "dense", "causal"):
         shape = replace(config, ffn="soft_moe" if kind == "causal" else "dense")
         with torch.device("cuda"):
-            model = transformers_qwen2(shape) if kind == "transformers" else Decoder(shape)
+            model = transformers_model(shape) if kind == "transformers" else Decoder(shape)
         model = model.to(torch.bfloat16).eval()
         if kind != "transformers":
             model.compile_step()

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from common import can_compile, choose_device, keep_large_buffers, run_command
-from extras.gpu import benchmark_gpu
+from extras.gpu import benchmark_gpu, transformers_model
 from extras.plot import pyplot
 from extras.speed_data import benchmark_data
 from extras.speed_runs import benchmark_run, draw_curves
@@ -160,26 +160,6 @@ def benchmark_speed(args):
     for config, B in cases:
         benchmark_training(config, B, args)
     benchmark_decoding(replace(small, block_size=2048), args)
-
-
-def transformers_model(config):
-    """transformers' dense Qwen2 of the same size."""
-    try:
-        from transformers import Qwen2Config, Qwen2ForCausalLM
-    except ImportError:
-        install = "pip install -r tests/requirements.txt"
-        raise ValueError(f"extras.speed speed compares with transformers: {install}") from None
-    theirs = Qwen2Config(
-        vocab_size=config.vocab_size,
-        hidden_size=config.d_model,
-        intermediate_size=config.d_dense,
-        num_hidden_layers=config.n_layer,
-        num_attention_heads=config.n_head,
-        num_key_value_heads=config.n_kv_head,
-        max_position_embeddings=config.block_size,
-        tie_word_embeddings=config.tie_embeddings,
-    )
-    return Qwen2ForCausalLM(theirs)
 
 
 def compile_model(model, device):

