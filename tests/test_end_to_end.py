@@ -17,7 +17,7 @@ SMALL = {  # flags that make a command cheap
     "prepare.py": "--vocab-size 4000",
     "train.py": "--n-layer 1 --d-model 32 --eval-tokens 1000 --no-compile --steps 3",
     "train.py --resume": "--steps 5",  # two more than the run has done
-    "train.py --resume --minutes": "--minutes 0.01",  # the run has used up more: it scores and ends
+    "train.py --resume --minutes": "--minutes 0.01",  # a few steps, or none, by the time that the run has used
     "train.py --dry-run": "",
     "sample.py": "--max-new-tokens 5",
     "eval.py": "",
@@ -131,7 +131,7 @@ def test_every_other_command_of_the_readme_runs(command, folder):
     if kind == "train.py":
         assert "done: step 3, val loss " in out
     elif kind == "train.py --resume --minutes":
-        assert "new samples, mixed with the" in out and "done: step 5, val loss " in out
+        assert "new samples, mixed with the" in out and "done: step " in out
     elif kind == "train.py --resume":
         assert "done: step 5, val loss " in out
     elif kind == "train.py --dry-run":

@@ -49,13 +49,15 @@ def test_peak_memory_counts_what_is_alive_at_once():
     assert peak_memory(step) == 3 * 4000
 
 
-def test_the_compiled_causal_layer_takes_at_most_1_3_times_the_memory_of_the_dense_one():
+def test_the_memory_of_the_compiled_causal_layer_is_near_that_of_the_dense_one():
+    """1.25 times as much with torch 2.13; the compiler of torch 2.11 keeps more for backward, 1.83 times."""
     if not can_compile("cpu"):
         pytest.skip("torch.compile needs a C++ compiler and Python's headers: apt install g++ python3-dev")
     args = speed.get_args(["--device", "cpu"])
     layers = [speed.make_layer(kind, args) for kind in ("dense", "causal")]
     dense, causal = (peak_memory(speed.layer_step(layer, 1024, args)) for layer in layers)
-    assert dense < causal < 1.3 * dense
+    most = 1.3 if torch.__version__ >= "2.13" else 1.9
+    assert dense < causal < most * dense
 
 
 # ----------------------------------------------------------------------------------------------------------------------

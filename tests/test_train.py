@@ -291,7 +291,7 @@ def test_resume_refuses_another_model_and_other_data(whole_run, small_data, tmp_
     run, data = tmp_path / "run", tmp_path / "data"
     shutil.copytree(whole_run.out, run)
     resume = ["train.py", "--resume", "--out", run]
-    refused(call(*resume, "--n-layer", 3, ok=False), "the model is another one", "n_layer 2 -> 3")
+    refused(call(*resume, "--n-layer", 3, ok=False), "the model differs from the one in", "n_layer 2 -> 3")
     refused(call(*resume, "--seed", 1, ok=False), "began with --seed 0")
     refused(call(*resume, "--shard", ok=False), "or --no-shard")
     shutil.copytree(small_data, data)
