@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import threading
@@ -61,6 +62,15 @@ def load(path):
     return model, load_tokenizer(path, model.config.vocab_size), info
 
 
+STEP_NAME = re.compile(r"step-([0-9]{8,})")
+
+
+def step_folders(run):
+    """The checkpoints of a run, oldest first. Anything else, like a user's copy named step-best, is left alone."""
+    steps = [(STEP_NAME.fullmatch(path.name), path) for path in run.glob("step-*") if path.is_dir()]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in steps if match)]
+
+
 def newest_checkpoint(path):
     """The checkpoint to read: path itself, the newest of a run, or the newest of all runs in path.
 
@@ -70,8 +80,9 @@ def newest_checkpoint(path):
     if (path / "sha256.json").exists() or path.name.startswith("step-"):
         found = [path]
     else:
-        found = sorted(path.glob("step-*"), reverse=True)
-        found = found or sorted(path.glob("*/step-*"), key=lambda p: (p.stat().st_mtime, p.name), reverse=True)
+        found = step_folders(path)[::-1]
+        of_all_runs = [step for run in path.glob("*/") for step in step_folders(run)]
+        found = found or sorted(of_all_runs, key=lambda step: (step.stat().st_mtime, step.name), reverse=True)
     for step_folder in found:
         problem = checkpoint_problem(step_folder)
         if not problem:
@@ -99,6 +110,8 @@ def checkpoint_problem(path):
                     return f"{name} is damaged"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
     except (ValueError, AttributeError):
         return "sha256.json is damaged"
     return None
@@ -165,7 +178,7 @@ class State:
         """ValueError where MAX_SKIPPED steps in a row were bad: the run ends. Waits for the device."""
         if self.worst.item() >= MAX_SKIPPED:
             saver.wait()
-            good = max(saver.run.glob("step-*"), default="none")
+            good = (step_folders(saver.run) or ["none"])[-1]
             raise ValueError(
                 f"{MAX_SKIPPED} steps in a row had a loss or a gradient that cannot be right: the run ends at step "
                 f"{self.step}. The last good checkpoint is {good}: continue from there with a smaller --lr, or look at "
@@ -278,14 +291,14 @@ def flushed_sha256(path):
 
 def remove_old(run, keep, keep_every):
     """Remove all but the newest `keep` checkpoints and those of every `keep_every` steps."""
-    for path in sorted(run.glob("step-*"))[:-keep]:
+    for path in step_folders(run)[:-keep]:
         if not keep_every or int(path.name[5:]) % keep_every:
             shutil.rmtree(path)
 
 
 def set_aside_newer(checkpoint):
     """Rename steps newer than the one that a run resumes from: they are damaged, and must not count as kept."""
-    for path in checkpoint.parent.glob("step-*"):
+    for path in step_folders(checkpoint.parent):
         if path.name > checkpoint.name:
             damaged = path.with_name("damaged-" + path.name)
             if damaged.exists():

@@ -129,7 +129,10 @@ def exit_code(main, argv=None):
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode or isinstance(error, ValueError) and raised_by_library(error):
             raise
-        if isinstance(error, BrokenPipeError) and stdout_is_closed():  # the reader, like `head`, has enough
+        if isinstance(error, BrokenPipeError):  # the reader of stdout, like `head`, has enough
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # or Python's exit would fail at what is left
             return 1
         print(one_line(error), file=sys.stderr, flush=True)
         return 1
@@ -142,16 +145,6 @@ def raised_by_library(error):
     innermost = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     folders = {sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     return any(innermost.is_relative_to(folder) for folder in folders)
-
-
-def stdout_is_closed():
-    """Try to flush stdout; if its reader has gone, drop what is left, so that Python's exit does not fail at it."""
-    try:
-        sys.stdout.flush()
-        return False
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
 
 
 def one_line(error):

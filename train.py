@@ -25,7 +25,17 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import Log, Saver, State, load, newest_checkpoint, read_state, read_tensors, set_aside_newer
+from checkpoint import (
+    Log,
+    Saver,
+    State,
+    load,
+    newest_checkpoint,
+    read_state,
+    read_tensors,
+    set_aside_newer,
+    step_folders,
+)
 from common import can_compile, choose_device, keep_large_buffers
 from data import TokenData, batches, read_manifest, unserved
 from eval import MAX_TOKENS
@@ -134,7 +144,7 @@ def open_run(args, argv, ranks):
     run = Path(args.out)
     log = Log(run) if ranks.rank == 0 and run.exists() else None
     ranks.barrier()  # rank 0 holds the lock before anybody reads the folder
-    if not any(run.glob("step-*")):
+    if not step_folders(run):
         if args.resume:
             ranks.say(f"no checkpoint in {run} yet: from the beginning")
         return args, log, None, None

@@ -144,6 +144,28 @@ def test_which_checkpoints_are_kept(tmp_path, keep, keep_every, kept):
     assert sorted(os.listdir(tmp_path)) == [f"step-{step:08d}" for step in kept]
 
 
+def test_only_numbered_steps_count_as_checkpoints(whole_run, tmp_path):
+    """A copy that a user makes is not resumed from, not counted and not removed; a file is no checkpoint."""
+    run = tmp_path / "run"
+    shutil.copytree(whole_run.out, run)
+    for name in ("step-best", "step-00000004.bak", "step-999"):
+        shutil.copytree(run / "step-00000004", run / name)
+    (run / "step-00000099").touch()
+    assert newest_checkpoint(run) == run / "step-00000008"
+    flags = ["--steps", 11, "--save-every", 1, "--keep", 1, "--keep-every", 5]
+    call("train.py", "--resume", "--out", run, *flags)
+    left = ["step-00000004.bak", "step-00000010", "step-00000011", "step-00000099", "step-999", "step-best"]
+    assert sorted(path.name for path in run.glob("*step-*")) == left
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(whole_run, tmp_path, capsys):
+    shutil.copytree(whole_run.out, tmp_path / "run")
+    path = tmp_path / "run" / "step-00000009"
+    (path / "sha256.json").mkdir(parents=True)
+    assert newest_checkpoint(tmp_path / "run") == tmp_path / "run" / "step-00000008"
+    assert f"passed over {path}: sha256.json cannot be read (Is a directory)" in capsys.readouterr().err
+
+
 def test_a_run_keeps_its_newest_checkpoints_and_those_of_keep_every(small_data, tmp_path):
     train(small_data, tmp_path, "--steps", 7, "--save-every", 1, "--keep", 2, "--keep-every", 3, "--eval-every", 0)
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", *(f"step-{s:08d}" for s in (3, 6, 7))]
