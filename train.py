@@ -149,7 +149,7 @@ def open_run(args, argv, ranks):
             ranks.say(f"no checkpoint in {run} yet: from the beginning")
         return args, log, None, None
     if not args.resume:
-        raise ValueError(f"{run} has checkpoints: --resume continues from them, another --out starts anew")
+        raise ValueError(f"--out {run} has checkpoints: --resume continues from them, another --out starts anew")
     checkpoint = newest_checkpoint(run)
     saved = read_state(checkpoint)
     flags = saved["args"]
