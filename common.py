@@ -130,9 +130,8 @@ def exit_code(main, argv=None):
         if sys.flags.dev_mode or isinstance(error, ValueError) and raised_by_library(error):
             raise
         if isinstance(error, BrokenPipeError):  # the reader of stdout, like `head`, has enough
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-            )  # or Python's exit would fail at what is left
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, sys.stdout.fileno())  # or Python's exit would fail at what is left to print
             return 1
         print(one_line(error), file=sys.stderr, flush=True)
         return 1
