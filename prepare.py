@@ -19,6 +19,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -29,8 +30,9 @@ from common import run_command, sha256_of, write_atomically
 from corpus.cleaning import clean_part, read_documents, read_hashes
 from corpus.copies import near_copies
 from corpus.default import default_parts, fetch_qwen
+from corpus.examples import keep_dropped, print_changed, print_dropped
 from corpus.formats import file_parts, utf8_name
-from corpus.ledger import add_counts, count, keep_example, print_dropped, print_ledger, refuse_malformed
+from corpus.ledger import add_counts, count, print_ledger, refuse_malformed
 from corpus.pipelines import PIPELINES
 from corpus.reference import MAX_PERPLEXITY, NGram
 from corpus.work import code_digest, digest_of, folder_lock, in_parallel, progress, read_work, write_work
@@ -56,7 +58,9 @@ def get_args(argv=None):
     add("--pipeline", choices=("auto", *PIPELINES), default="auto", help=pipelines)
     add("--reference", metavar="SOURCE", help="drop prose that is too surprising to a model of this source of the run")
     add("--workers", type=int, default=os.cpu_count(), help="processes; the result does not depend on it")
+    add("--judge-chats", action="store_true", help="judge what each side of a chat says as prose is judged")
     add("--show-dropped", type=int, default=0, metavar="N", help="print N texts that each operator dropped")
+    add("--show-changed", type=int, default=0, metavar="N", help="print the N largest deletions of each operator")
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: expected 1 or more")
@@ -71,7 +75,11 @@ TRAIN, VAL, DUPLICATE, NEAR_DUPLICATE, PERPLEXITY = range(len(OUTCOMES))
 
 
 def decide(cleaned, out, work, manifest, reference, near, workers):
-    """-> for each part an array [documents] of indices of OUTCOMES. The shards that are there count as earlier text."""
+    """-> for each part an array [documents] of indices of OUTCOMES, and one of the originals of near copies.
+
+    The shards that are there count as earlier text. An original is the number of a document: first those in the
+    shards, then the new ones; -1 for what is no near copy.
+    """
     hashes = [read_hashes(work, result) for result in cleaned]
     sizes = [len(rows) for rows in hashes]
     surprising = np.zeros(sum(sizes), dtype=bool)
@@ -80,21 +88,27 @@ def decide(cleaned, out, work, manifest, reference, near, workers):
         score = functools.partial(score_part, work=work, reference=model)
         paths = in_parallel(score, cleaned, workers, "scoring", sum(sizes), " documents")
         surprising = np.concatenate([np.load(path, allow_pickle=False) for path in paths])
-    known_hashes = [np.zeros((0, 3), dtype=np.uint64)]
+    known_hashes = [np.zeros((0, 4), dtype=np.uint64)]
     for shard in manifest["shards"]:
         known_hashes.append(np.load(out / f"{shard['name']}.hashes.npy", allow_pickle=False))
-    outcomes = outcomes_of(np.concatenate(hashes)[:, :3], np.concatenate(known_hashes), surprising, near)
+        if known_hashes[-1].shape[1] != 4:
+            fix = "choose another --out, or delete the folder and prepare all of its text again"
+            raise ValueError(f"{out} was prepared by an older version, with other fingerprints: {fix}")
+    outcomes, originals = outcomes_of(np.concatenate(hashes)[:, :4], np.concatenate(known_hashes), surprising, near)
     hold_something_out(outcomes, cleaned, hashes, manifest)
-    return np.split(outcomes, np.cumsum(sizes)[:-1])
+    ends = np.cumsum(sizes)[:-1]
+    return np.split(outcomes, ends), np.split(originals, ends)
 
 
 def outcomes_of(new, known, surprising, near):
-    """Decide by hashes [n, 3] of new documents, known [m, 3] of those in the shards, surprising [n] bool.
+    """Decide by hashes [n, 4] of new documents, known [m, 4] of those in the shards, surprising [n] bool.
 
-    Returns [n] indices of OUTCOMES. Of equal documents, and with `near` of near copies, the first stays.
+    Returns [n] indices of OUTCOMES, and [n] originals of near copies: numbers among known and new, or -1. Of equal
+    documents, and with `near` of near copies, the first stays.
     """
     hashes = np.concatenate([known, new])
     outcomes = np.zeros(len(hashes), dtype=np.uint8)
+    originals = np.full(len(hashes), -1)
     outcomes[len(known) :][surprising] = PERPLEXITY
     left = np.flatnonzero(outcomes == TRAIN)
     order = left[np.lexsort((hashes[left, 1], hashes[left, 0]))]  # stable: equal documents stay in order
@@ -102,10 +116,13 @@ def outcomes_of(new, known, surprising, near):
     outcomes[order[1:][is_copy]] = DUPLICATE
     if near:
         left = np.flatnonzero(outcomes == TRAIN)
-        outcomes[left[near_copies(hashes[left, 2]) != np.arange(len(left))]] = NEAR_DUPLICATE
+        first = near_copies(hashes[left, 2:])
+        is_copy = first != np.arange(len(left))
+        outcomes[left[is_copy]] = NEAR_DUPLICATE
+        originals[left[is_copy]] = left[first[is_copy]]
     outcomes = outcomes[len(known) :]
     outcomes[(outcomes == TRAIN) & (new[:, 0] % VAL_EVERY == 0)] = VAL
-    return outcomes
+    return outcomes, originals[len(known) :]
 
 
 def hold_something_out(outcomes, cleaned, hashes, manifest):
@@ -114,7 +131,7 @@ def hold_something_out(outcomes, cleaned, hashes, manifest):
     source_of = []  # for each part the number of each document's source
     for result, rows in zip(cleaned, hashes):
         part_sources = [numbers.setdefault(name, len(numbers)) for name in result["sources"]]
-        source_of.append(np.array(part_sources, dtype=int)[rows[:, 4].astype(int)])
+        source_of.append(np.array(part_sources, dtype=int)[rows[:, 5].astype(int)])
     source_of = np.concatenate(source_of)
     for name, number in numbers.items():
         in_source = source_of == number
@@ -193,7 +210,7 @@ def train_tokenizer(vocab_size, cleaned, outcomes, work):
         print(f"training a tokenizer of {vocab_size} pieces", flush=True)
         characters = 0
         for result, part_outcomes in parts:
-            characters += int(read_hashes(work, result)[part_outcomes == TRAIN, 3].sum())
+            characters += int(read_hashes(work, result)[part_outcomes == TRAIN, 4].sum())
         chance = random.Random(0)
         texts = (
             document.text
@@ -227,17 +244,18 @@ def write_part(task, out, work, tokenizer, show):
     writer = ShardWriter(out, number, part, load_tokenizer(tokenizer))
     for i, (source, document) in enumerate(read_documents(work, cleaned)):
         outcome = OUTCOMES[outcomes[i]]
-        characters = int(hashes[i, 3])
+        characters = int(hashes[i, 4])
         if i % 100 == 99:
             progress(100, 0)
         if outcome not in ("train", "val"):
             count(ledger, source, outcome, characters)
-            keep_example(dropped, source, outcome, document, show)
+            if outcome != "near_duplicate":  # print_near_copies shows these
+                keep_dropped(dropped, f"{source}: {outcome}", document.text, show)
             continue
         count(ledger, source, "kept", characters)
         if outcome == "val":
             count(ledger, source, "val", characters)
-        written = writer.add(source, outcome, document, hashes[i, :3])
+        written = writer.add(source, outcome, document, hashes[i, :4])
         ledger[source]["written"] = add_counts(ledger[source]["written"], written)
     progress(len(outcomes) % 100, 0)
     writer.close()
@@ -291,10 +309,61 @@ def encode(document, tokenizer):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# --show-dropped: each near copy with its original
+
+
+def print_near_copies(cleaned, originals, known, out, work, show):
+    """Print up to `show` near copies of each source, each with the earlier document that it was taken for.
+
+    originals: of decide. known: the manifest's entries of the shards that were there before.
+    """
+    ends = np.cumsum([shard["documents"] for shard in known], dtype=int)
+    total = number = int(ends[-1]) if known else 0
+    pairs = {}  # source: [(number, original), ...]
+    for result, part_originals in zip(cleaned, originals):
+        source_of = read_hashes(work, result)[:, 5]
+        for i in np.flatnonzero(part_originals >= 0).tolist():
+            of_source = pairs.setdefault(result["sources"][int(source_of[i])], [])
+            if len(of_source) < show:
+                of_source.append((number + i, int(part_originals[i])))
+        number += len(part_originals)
+    wanted = {number for of_source in pairs.values() for pair in of_source for number in pair}
+    texts = {number: text_in_shards(number, ends, known, out) for number in wanted if number < total}
+    new = (pair for result in cleaned for pair in read_documents(work, result))
+    texts |= {i: document.text for i, (_, document) in enumerate(new if wanted else (), total) if i in wanted}
+    for source, of_source in pairs.items():
+        for number, original in of_source:
+            print(f"{source}: near_duplicate dropped {texts[number]!r}\n    as a near copy of {texts[original]!r}")
+
+
+def text_in_shards(number, ends, shards, out):
+    """The text of a document in the shards, by its number; ends: the number after each shard's last document."""
+    i = int(np.searchsorted(ends, number, side="right"))
+    at = number - (int(ends[i - 1]) if i else 0)
+    bounds, tokens = (
+        np.load(out / f"{shards[i]['name']}.{array}.npy", mmap_mode="r", allow_pickle=False)
+        for array in ("ends", "tokens")
+    )
+    ids = tokens[int(bounds[at - 1]) if at else 0 : int(bounds[at])].tolist()
+    return load_tokenizer(out).decode(ids)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # All steps
 
 
-def prepare(inputs, out, tokenizer=None, vocab_size=8192, pipeline="auto", reference=None, workers=1, show_dropped=0):
+def prepare(
+    inputs,
+    out,
+    tokenizer=None,
+    vocab_size=8192,
+    pipeline="auto",
+    reference=None,
+    workers=1,
+    judge_chats=False,
+    show_dropped=0,
+    show_changed=0,
+):
     """Prepare files and folders (without any: the default data) in the folder `out`, or add them to what is there.
 
     out: Path. Other arguments as the flags. Prints the ledger, returns the manifest (dict). ValueError or OSError with
@@ -321,11 +390,13 @@ def prepare(inputs, out, tokenizer=None, vocab_size=8192, pipeline="auto", refer
         refuse_known(parts, known_files)
         work.mkdir(exist_ok=True)
 
-        clean_one = functools.partial(clean_part, work=work, pipeline=pipeline, show=show_dropped)
+        choices = {"judge_chats": judge_chats, "show_dropped": show_dropped, "show_changed": show_changed}
+        clean_one = functools.partial(clean_part, work=work, pipeline=pipeline, **choices)
         cleaned = in_parallel(clean_one, parts, workers, "cleaning", sum(part.size for part in parts), "B")
         refuse_malformed(parts, cleaned)
-        outcomes = decide(cleaned, out, work, manifest, reference, pipeline != "none", workers)
+        outcomes, originals = decide(cleaned, out, work, manifest, reference, pipeline != "none", workers)
         if not manifest["shards"] and not any((part_outcomes == TRAIN).any() for part_outcomes in outcomes):
+            print_changed(cleaned, show_changed)
             print_dropped(cleaned, show_dropped)
             names = ", ".join(part.name for part in parts)
             why = "every document was empty, dropped, a copy or held out"
@@ -333,12 +404,15 @@ def prepare(inputs, out, tokenizer=None, vocab_size=8192, pipeline="auto", refer
         if not manifest["tokenizer"]:
             manifest["tokenizer"] = make_tokenizer(tokenizer or "sp", vocab_size, cleaned, outcomes, out, work)
         written = write_parts(parts, cleaned, outcomes, manifest, out, work, workers, show_dropped)
+        print_changed(cleaned, show_changed)
+        print_dropped([*cleaned, *written], show_dropped)
+        if show_dropped:
+            print_near_copies(cleaned, originals, manifest["shards"], out, work, show_dropped)
 
         extend_manifest(manifest, parts, cleaned, written)
         write_atomically(out / "manifest.json", json.dumps(manifest, ensure_ascii=False, indent=1).encode("utf-8"))
         remove_other_shards(out, manifest)
         shutil.rmtree(work)
-        print_dropped([*cleaned, *written], show_dropped)
         print_ledger(manifest, out)
         return manifest
 
@@ -392,7 +466,7 @@ def main(argv=None):
     except OSError as error:
         fix = "nothing was changed; fix this and run the same command again"
         raise OSError(f"{error.filename or args.out}: {error.strerror or error}: {fix}") from None
-    command = f"python train.py --data {args.out} --out out/{args.out.name}"
+    command = f"python train.py --data {shlex.quote(str(args.out))} --out {shlex.quote(f'out/{args.out.name}')}"
     if is_appended_to:
         print(f"next: {command} --resume")
         print("      a finished run needs more time: add --minutes 20 to train longer than before")

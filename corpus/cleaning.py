@@ -6,22 +6,24 @@ import numpy as np
 
 from corpus.copies import fingerprints
 from corpus.documents import Document
-from corpus.ledger import MAX_NAMED, count, keep_example
-from corpus.pipelines import clean
+from corpus.examples import keep_changed, keep_dropped
+from corpus.ledger import MAX_NAMED, count, count_removed
+from corpus.pipelines import clean, split_long
 from corpus.work import code_digest, digest_of, progress, read_work, write_work
 from data import write_array
 
 BATCH_CHARACTERS = 200_000  # of documents whose fingerprints are made at once: numpy needs long arrays
 
 
-def clean_part(part, work, pipeline, show):
+def clean_part(part, work, pipeline="auto", judge_chats=False, show_dropped=0, show_changed=0):
     """Read and clean one part -> a dict that says what was found, with the KEY of two files in .work.
 
-    KEY.jsonl has the documents that are left, KEY.hashes.npy [documents, 5] uint64 of each: two halves of its hash, its
-    fingerprint, its characters as read, the index of its source in the dict's "sources".
+    KEY.jsonl has the documents that are left, KEY.hashes.npy [documents, 6] uint64 of each: two halves of its hash, two
+    words of its fingerprint, its characters as read, the index of its source in the dict's "sources".
     """
     identity = [part.source, part.sha256, part.start, part.stop, list(map(str, part.paths))]
-    key = digest_of("clean", code_digest(), identity, pipeline, show)
+    choices = [pipeline, judge_chats, show_dropped, show_changed]
+    key = digest_of("clean", code_digest(), identity, choices)
     if result := read_work(work, key):
         progress(result["documents"], part.size)
         return result
@@ -34,11 +36,12 @@ def clean_part(part, work, pipeline, show):
         "problems": [],
         "ledger": {},
         "dropped": {},
+        "changed": {},
     }
-    hashes = [np.zeros((0, 5), dtype=np.uint64)]
+    hashes = [np.zeros((0, 6), dtype=np.uint64)]
     temporary = work / f"{key}.jsonl.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
-        for batch in batches_of(cleaned_documents(part, pipeline, show, result)):
+        for batch in batches_of(cleaned_documents(part, result, *choices)):
             hashes.append(hashes_of(batch, result["sources"]))
             file.writelines(document.to_json() + "\n" for document, _, _ in batch)
         file.flush()
@@ -48,10 +51,10 @@ def clean_part(part, work, pipeline, show):
     return write_work(work, key, result)
 
 
-def cleaned_documents(part, pipeline, show, result):
+def cleaned_documents(part, result, pipeline, judge_chats, show_dropped, show_changed):
     """Yield (document, source, characters as read) of the documents that cleaning keeps; count all in `result`."""
     position = 0
-    for where, document in part.documents():
+    for where, document in split_documents(part, pipeline):
         characters = len(document.text)
         source = document.source(part.source)
         count(result["ledger"], source, "read", characters)
@@ -61,18 +64,33 @@ def cleaned_documents(part, pipeline, show, result):
             result["malformed"] += 1
             if result["malformed"] <= MAX_NAMED:
                 result["problems"].append(f"{where}: {document.problem}")
-        document, dropped_by = clean(document, pipeline)
+        changes = []
+
+        def watch(mapper, before, after, source=source, changes=changes):
+            changes.append((mapper, len(before) - len(after)))
+            if show_changed:
+                keep_changed(result["changed"], f"{source}: {mapper}", before, after, show_changed)
+
+        document, dropped_by = clean(document, pipeline, judge_chats, watch)
         if not dropped_by:
+            count_removed(result["ledger"], source, changes)
             yield document, source, characters
         else:
             count(result["ledger"], source, dropped_by, characters)
             if dropped_by not in ("malformed", "empty"):
-                keep_example(result["dropped"], source, dropped_by, document, show)
+                keep_dropped(result["dropped"], f"{source}: {dropped_by}", document.text, show_dropped)
         result["documents"] += 1
         if result["documents"] % 100 == 0:
             progress(100, part.position - position)
             position = part.position
     progress(result["documents"] % 100, part.size - position)
+
+
+def split_documents(part, pipeline):
+    """Yield (where, document) of a part, with each text that is too long in pieces."""
+    for where, document in part.documents():
+        for piece in split_long(document, pipeline):
+            yield where, piece
 
 
 def batches_of(items):
@@ -89,12 +107,12 @@ def batches_of(items):
 
 
 def hashes_of(batch, sources):
-    """The rows of KEY.hashes.npy, [documents, 5] uint64."""
-    rows = np.zeros((len(batch), 5), dtype=np.uint64)
-    rows[:, 2] = fingerprints([document.text for document, _, _ in batch])
+    """The rows of KEY.hashes.npy, [documents, 6] uint64."""
+    rows = np.zeros((len(batch), 6), dtype=np.uint64)
+    rows[:, 2:4] = fingerprints([document.text for document, _, _ in batch])
     for row, (document, source, characters) in zip(rows, batch):
         row[:2] = np.frombuffer(document.digest()[:16], dtype=">u8")
-        row[3:] = characters, sources.index(source)
+        row[4:] = characters, sources.index(source)
     return rows
 
 

@@ -1,133 +1,119 @@
 """Near copies among documents.
 
-    prints = fingerprints(texts)        # SimHash, [n] uint64
+    prints = fingerprints(texts)        # SimHash, [n, 2] uint64
     first = near_copies(prints)         # [n]: for each the first text that it is a near copy of
 
 Equal documents are found before, by their sha256 (prepare.py).
 """
 
+import hashlib
 import itertools
-import math
 
 import numpy as np
 
+from corpus.ngrams import mixed, ngram_hashes
+
 SHINGLE = 6  # characters
-MAX_DISTANCE = 4  # bits in which the fingerprints of near copies may differ
+MIN_SHINGLES = 20  # distinct ones; what has fewer is a near copy only of the same text
+MAX_DISTANCE = 4  # bits in which the first words of near copies may differ
+MAX_DISTANCE_OF_BOTH = 12  # bits in which both words together may
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Fingerprints: SimHash (Charikar 2002; Manku et al. 2007), as document_simhash in Data-Juicer
+# Fingerprints: SimHash (Charikar 2002; Manku et al. 2007)
 
 
 def fingerprints(texts):
-    """A 64-bit SimHash of each text over shingles of 6 characters -> [len(texts)] uint64.
+    """A 128-bit SimHash of each text over its distinct shingles of 6 characters -> [len(texts), 2] uint64.
 
-    A shingle's hash is the first 8 bytes of its MD5, big endian. A bit of the fingerprint is 1 if it is 1 in more than
-    half of the hashes. A text shorter than a shingle is one. White space is left out: the indentation of programs would
-    make them all alike.
+    Each distinct shingle votes once, however often it stands in the text: else a ruler of dashes would decide the whole
+    fingerprint, as it does in Data-Juicer's document_simhash. A bit is 1 if it is 1 in more than half of the hashes.
+    White space is left out: the indentation of programs would make them all alike.
+
+    Where fewer than MIN_SHINGLES vote, a few of them decide: the fingerprint is then a hash of the whole text.
     """
-    ones, counts = np.zeros((len(texts), 64), dtype=np.int64), np.zeros(len(texts), dtype=np.int64)
-    for batch in batches_of_pieces(texts):
-        owners = [owner for owner, _ in batch]
-        piece_ones, piece_counts = shingle_bits([piece for _, piece in batch])
-        np.add.at(ones, owners, piece_ones)
-        np.add.at(counts, owners, piece_counts)
-    return np.packbits(2 * ones > counts[:, None], axis=1).view(">u8").astype(np.uint64)[:, 0]
+    prints = np.zeros((len(texts), 2), dtype=np.uint64)
+    for indices, batch in batches_of(texts):
+        hashes, counts = distinct_shingles(batch)
+        prints[indices] = simhash(hashes, counts)
+        for i in np.flatnonzero(counts < MIN_SHINGLES).tolist():
+            digest = hashlib.sha256(batch[i].encode("utf-8", errors="replace")).digest()
+            prints[indices[i]] = np.frombuffer(digest[:16], dtype=">u8")
+    return prints
 
 
-def batches_of_pieces(texts, size=20_000):
-    """Yield lists of (index of a text, piece of it) of about `size` characters. Every shingle is in one piece.
-
-    Short texts are put together, because numpy needs long arrays; long ones are cut, to bound memory.
-    """
-    batch, characters = [], 0
+def batches_of(texts, size=200_000):
+    """Yield (indices, texts without white space) of about `size` characters together: numpy needs long arrays."""
+    indices, batch, characters = [], [], 0
     for i, text in enumerate(texts):
-        text = "".join(text.split()) or "\n"
-        for start in range(0, max(len(text) - SHINGLE + 1, 1), size):
-            piece = text[start : start + size + SHINGLE - 1]
-            batch.append((i, piece))
-            characters += len(piece)
-            if characters > size:
-                yield batch
-                batch, characters = [], 0
+        indices.append(i)
+        batch.append("".join(text.split()))
+        characters += len(text)
+        if characters > size or len(batch) == 1 << 16:
+            yield indices, batch
+            indices, batch, characters = [], [], 0
     if batch:
-        yield batch
+        yield indices, batch
 
 
-# A shingle has at most 24 bytes of UTF-8. MD5 appends the byte 0x80 and reads words of 4 bytes, so 28 bytes suffice.
-MESSAGE = 28
-KEEP = (np.tri(MESSAGE, MESSAGE, -1) * 255).astype(np.uint8)  # row n: a mask for the first n bytes
-MARK = np.eye(MESSAGE, dtype=np.uint8) * 0x80  # row n: the byte 0x80 after them
+def distinct_shingles(texts):
+    """-> 48-bit hashes of the distinct shingles, text after text [m] uint64; how many each text has [len(texts)]."""
+    codes = np.frombuffer("".join(texts).encode("utf-32-le", errors="replace"), dtype=np.uint32)
+    owners = np.repeat(np.arange(len(texts), dtype=np.uint64), [len(text) for text in texts])
+    inside = owners[SHINGLE - 1 :] == owners[: len(owners) - SHINGLE + 1]  # a shingle begins and ends in one text
+    hashes = mixed(ngram_hashes(codes, SHINGLE)[inside]) >> np.uint64(16)
+    keys = np.sort(owners[: len(inside)][inside] << np.uint64(48) | hashes)
+    keys = keys[is_first(keys)]
+    counts = np.bincount((keys >> np.uint64(48)).astype(np.int64), minlength=len(texts))
+    return keys & np.uint64((1 << 48) - 1), counts
 
 
-def shingle_bits(texts):
-    """Sums over the hashes of each text's shingles -> [n, 64] how many have each bit set, [n] how many hashes."""
-    lengths = np.array([len(text) for text in texts])
-    content = np.frombuffer("".join(texts).encode("utf-8") + bytes(MESSAGE), dtype=np.uint8)
-    # Byte offsets where characters begin (bytes other than 10xxxxxx), and the end
-    at = np.append(np.flatnonzero((content[:-MESSAGE] & 0xC0) != 0x80), len(content) - MESSAGE)
-    counts = np.maximum(lengths - SHINGLE + 1, 1)
-    begins = np.cumsum(counts) - counts
-    first = np.arange(counts.sum()) + np.repeat(np.cumsum(lengths) - lengths - begins, counts)  # character of a shingle
-    sizes = at[first + np.repeat(np.minimum(lengths, SHINGLE), counts)] - at[first]
-    messages = np.lib.stride_tricks.sliding_window_view(content, MESSAGE)[at[first]]
-    messages &= KEEP[sizes]
-    messages |= MARK[sizes]
-    bits = np.unpackbits(md5_first_half(np.ascontiguousarray(messages.view("<u4").T), sizes), axis=1)
-    # Sums in uint8 are fast and hold up to 255 rows; then the sums of these sums.
-    pieces = -(-counts // 255)
-    firsts = np.cumsum(pieces) - pieces
-    starts = np.repeat(begins, pieces) + 255 * (np.arange(pieces.sum()) - np.repeat(firsts, pieces))
-    ones = np.add.reduceat(bits, starts, axis=0, dtype=np.uint8)
-    return np.add.reduceat(ones, firsts, axis=0, dtype=np.int64), counts
+def is_first(values):
+    """Where a sorted array has a value that is not the one before, [n] bool."""
+    return np.append(True, values[1:] != values[:-1])[: len(values)]
 
 
-MD5_ADD = [np.uint32(abs(math.sin(i + 1)) * 2**32) for i in range(64)]
-MD5_ROTATE = [7, 12, 17, 22] * 4 + [5, 9, 14, 20] * 4 + [4, 11, 16, 23] * 4 + [6, 10, 15, 21] * 4
+# For each byte its eight bits, most significant first, as eight counters of a byte each in one number
+COUNTERS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).view(np.uint64)[:, 0]
+MOST = 255  # that a counter can hold
 
 
-def md5_first_half(words, sizes):
-    """hashlib.md5 for many short messages at once, which is much faster (RFC 1321). Skip it on a first reading.
-
-    words: [7, n] uint32, each message followed by the byte 0x80 and zeros; sizes: [n] bytes, at most 27.
-    Returns the first 8 bytes of each hash, [n, 8] uint8.
-    """
-    message = [*words, *[np.uint32(0)] * 7, (sizes * 8).astype(np.uint32), np.uint32(0)]
-    start = [np.full_like(words[0], value) for value in (0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476)]
-    a, b, c, d = start
-    for i in range(64):
-        if i < 16:
-            mix, k = d ^ (b & (c ^ d)), i
-        elif i < 32:
-            mix, k = c ^ (d & (b ^ c)), 5 * i + 1
-        elif i < 48:
-            mix, k = b ^ c ^ d, 3 * i + 5
-        else:
-            mix, k = c ^ (b | ~d), 7 * i
-        mix += a
-        mix += message[k % 16] + MD5_ADD[i]
-        rotated = mix << np.uint32(MD5_ROTATE[i])
-        rotated |= mix >> np.uint32(32 - MD5_ROTATE[i])
-        rotated += b
-        a, b, c, d = d, rotated, b, c
-    return np.stack([a + start[0], b + start[1]], axis=1).astype("<u4").view(np.uint8)
+def simhash(hashes, counts):
+    """Hashes of each text's shingles [m], how many each text has [n] -> fingerprints [n, 2] uint64."""
+    ones = np.zeros((len(counts), 128), dtype=np.int64)  # how many hashes of a text have each bit
+    all_owners = np.repeat(np.arange(len(counts)), counts)
+    for start in range(0, len(hashes), 1 << 16):  # bounds the memory that a long text takes
+        words, owners = hashes[start : start + (1 << 16)], all_owners[start : start + (1 << 16)]
+        words = np.stack([mixed(words), mixed(words ^ np.uint64(0x5851F42D4C957F2D))], axis=1)
+        counters = COUNTERS[words.astype(">u8").view(np.uint8)]
+        starts = is_first(owners)
+        starts[::MOST] = True
+        starts = np.flatnonzero(starts)
+        sums = np.add.reduceat(counters, starts, axis=0).view(np.uint8)
+        owners = owners[starts]
+        starts = np.flatnonzero(is_first(owners))
+        ones[owners[starts]] += np.add.reduceat(sums, starts, axis=0, dtype=np.int64)
+    return np.packbits(2 * ones > counts[:, None], axis=1).view(">u8").astype(np.uint64)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Near copies
 
 
-def near_copies(prints, distance=MAX_DISTANCE):
-    """Fingerprints [n] uint64 -> [n] int: for each the first that it is a near copy of, directly or through others.
+def near_copies(prints):
+    """Fingerprints [n, 2] uint64 -> [n] int: for each the first that it is a near copy of, directly or through others.
 
-    A text that is a near copy of no earlier one gives its own index. All pairs within the distance are found: the 64
-    bits are divided into distance + 2 bands, so two prints within the distance agree in at least two bands, and meet
-    where all are sorted by these two (Manku et al. 2007, section 3). 10 million random prints take 2 GB.
+    A text that is a near copy of no earlier one gives its own index. All pairs are found whose first words are within
+    MAX_DISTANCE: the 64 bits are divided into MAX_DISTANCE + 2 bands, so two such words agree in at least two bands,
+    and meet where all are sorted by these two (Manku et al. 2007, section 3). The second words confirm a pair: without
+    them, thousands of files under one licence would hang together by a few chance pairs. 10 million random prints take
+    2 GB.
     """
-    values, first, back = np.unique(prints, return_index=True, return_inverse=True)
+    _, first, back = np.unique(prints[:, 0] ^ mixed(prints[:, 1]), return_index=True, return_inverse=True)
     order = np.argsort(first)  # distinct prints in the order of their first appearance
-    values, place = values[order], np.argsort(order)
+    first, place = first[order], np.argsort(order)
+    values, others = prints[first, 0], prints[first, 1]
     root = np.arange(len(values))
-    edges = np.linspace(0, 64, distance + 3).astype(int)
+    edges = np.linspace(0, 64, MAX_DISTANCE + 3).astype(int)
     bands = []
     for low, high in zip(edges, edges[1:]):
         bands.append(((values >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1), high - low))
@@ -142,11 +128,15 @@ def near_copies(prints, distance=MAX_DISTANCE):
             left = left[key[left] == key[left + step]]
             if not len(left):
                 break
-            near = np.bitwise_count(values[index[left]] ^ values[index[left + step]]) <= distance
-            join_groups(root, index[left[near]], index[left[near] + step])
+            a, b = index[left], index[left + step]
+            distance = np.bitwise_count(values[a] ^ values[b])
+            near = distance <= MAX_DISTANCE
+            a, b, distance = a[near], b[near], distance[near]
+            near = distance + np.bitwise_count(others[a] ^ others[b]) <= MAX_DISTANCE_OF_BOTH
+            join_groups(root, a[near], b[near])
     while (root != root[root]).any():
         root = root[root]
-    return first[order][root[place[back]]]
+    return first[root[place[back]]]
 
 
 def join_groups(root, a, b):

@@ -2,6 +2,8 @@
 
 For each source, in documents and in characters:
 read = malformed + empty + filtered (by operator) + duplicate + near_duplicate + kept; val is a part of kept.
+
+Besides, what each mapper removed from the documents that cleaning left.
 """
 
 import sys
@@ -9,15 +11,17 @@ from collections import Counter
 
 MAX_MALFORMED = 0.01  # share of the documents of an input (a file or folder of the command line); more is an error
 MAX_NAMED = 10  # malformed documents of a part that are named
+MAX_LOST = 0.1  # share of the characters of a source; where cleaning takes more, the source is named
 
 
 def new_count():
     """For one source: [documents, characters as read] of each outcome; filtered: a dict by operator.
 
-    written: [characters, tokens] of what is kept.
+    removed: a dict by mapper of [texts that it changed, characters less]; written: [characters, tokens] of what is
+    kept.
     """
-    names = "read malformed empty filtered duplicate near_duplicate kept val written".split()
-    return {name: {} if name == "filtered" else [0, 0] for name in names}
+    names = "read malformed empty filtered duplicate near_duplicate kept val removed written".split()
+    return {name: {} if name in ("filtered", "removed") else [0, 0] for name in names}
 
 
 def count(ledger, source, outcome, characters):
@@ -26,6 +30,15 @@ def count(ledger, source, outcome, characters):
     cell = counts[outcome] if outcome in counts else counts["filtered"].setdefault(outcome, [0, 0])
     cell[0] += 1
     cell[1] += characters
+
+
+def count_removed(ledger, source, changes):
+    """Add what mappers did to a document: changes is a list of (mapper, characters less)."""
+    removed = ledger[source]["removed"]
+    for mapper, characters in changes:
+        cell = removed.setdefault(mapper, [0, 0])
+        cell[0] += 1
+        cell[1] += characters
 
 
 def add_counts(one, other):
@@ -40,7 +53,7 @@ TITLES = "source,read,characters,malformed,empty,filtered,copies,near,kept,,val,
 
 
 def print_ledger(manifest, out):
-    """Print the ledger as a table, with the operators that drop most, and the tokens of each split."""
+    """Print the ledger as a table, with the operators that drop and remove most, and the tokens of each split."""
     rows = [TITLES]
     for source, counts in manifest["ledger"].items():
         rows.append(ledger_row(source, counts, [shard for shard in manifest["shards"] if shard["source"] == source]))
@@ -51,40 +64,43 @@ def print_ledger(manifest, out):
         most = sorted(counts["filtered"].items(), key=lambda item: -item[1][0])[:5]
         if most:
             print("    dropped most by " + ", ".join(f"{name} {documents:,}" for name, (documents, _) in most))
+        removed = largest(counts["removed"])
+        if removed:
+            print("    characters removed by " + ", ".join(f"{name} {characters:,}" for name, characters in removed))
     tokens = Counter()
     for shard in manifest["shards"]:
         tokens[shard["split"]] += shard["tokens"]
     print(f"{out}: {tokens['train']:,} tokens to train on, {tokens['val']:,} held out")
+    for source, counts in manifest["ledger"].items():
+        name_large_losses(source, counts)
+
+
+def largest(cells):
+    """{name: [number, characters]} -> the up to five largest (name, characters), those above 0."""
+    by_characters = sorted(((name, cell[1]) for name, cell in cells.items() if cell[1] > 0), key=lambda item: -item[1])
+    return by_characters[:5]
+
+
+def name_large_losses(source, counts):
+    """Name a source of which filters dropped, or mappers removed, more than MAX_LOST of the characters."""
+    for name, done, flag in (("filtered", "dropped", "--show-dropped"), ("removed", "removed", "--show-changed")):
+        lost = sum(cell[1] for cell in counts[name].values())
+        if lost > MAX_LOST * counts["read"][1]:
+            share = lost / counts["read"][1]
+            most = largest(counts[name])[0][0]
+            print(f"{source}: {share:.0%} of the characters were {done}, most by {most}: look at them with {flag} 5")
 
 
 def ledger_row(source, counts, shards):
     """The cells of a source, under TITLES."""
     tokens, text_bytes = (sum(shard[key] for shard in shards) for key in ("tokens", "bytes"))
     filtered = sum(documents for documents, _ in counts["filtered"].values())
-    n = {name: cell[0] for name, cell in counts.items() if name != "filtered"}  # documents
+    n = {name: cell[0] for name, cell in counts.items() if isinstance(cell, list)}  # documents
     numbers = [n["read"], counts["read"][1], n["malformed"], n["empty"], filtered]
     numbers += [n["duplicate"], n["near_duplicate"], n["kept"]]
     share = f"{100 * n['kept'] / max(n['read'], 1):.1f} %"
     cells = [f"{number:,}" for number in numbers]
     return [source, *cells, share, f"{n['val']:,}", f"{tokens:,}", f"{text_bytes / max(tokens, 1):.2f}"]
-
-
-def keep_example(dropped, source, dropped_by, document, show):
-    """Keep the first `show` texts that an operator drops of a source, to be printed at the end."""
-    examples = dropped.setdefault(f"{source}: {dropped_by}", [])
-    if len(examples) < show:
-        examples.append(document.text)
-
-
-def print_dropped(results, show):
-    """Print up to `show` texts that each operator dropped of each source."""
-    examples = {}
-    for result in results:
-        for name, texts in result["dropped"].items():
-            examples.setdefault(name, []).extend(texts)
-    for name, texts in examples.items():
-        for text in texts[:show]:
-            print(f"{name} dropped {text!r}")
 
 
 def refuse_malformed(parts, cleaned):

@@ -1,4 +1,4 @@
-"""Texts as arrays of integers, and hashes of their n-grams: for the filters of operators.py and for reference.py."""
+"""Texts as arrays of integers, and hashes of their n-grams: for filters.py, copies.py and reference.py."""
 
 import functools
 
@@ -26,6 +26,13 @@ def ngram_hashes(codes, n):
             hashes = hashes[: max(len(hashes) - 1, 0)] * base + codes[size:]
             size += 1
     return hashes
+
+
+def mixed(numbers):
+    """A hash of uint64 whose upper bits depend on all bits (the finaliser of splitmix64)."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
 
 
 def ngram_counts(codes, n):

