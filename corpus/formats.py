@@ -6,7 +6,7 @@
 
 By the ending of a file:
 
-.txt        cut at line ends into documents of about 2,000 characters
+.txt        cut at line ends into documents of about 2,000 characters; UTF-8, or UTF-16 with a byte order mark
 .jsonl      a row a line
 .json       an array of rows, or rows one after another
 .parquet    a row each (needs pyarrow)
@@ -30,7 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import sha256_of
-from corpus.documents import Document, document_of
+from corpus.documents import Document
+from corpus.rows import FIELDS, document_of, no_text_in
 
 TEXT_SIZE = 2000  # characters in a document of a .txt file, about
 PART_BYTES = 64 << 20  # input is read in parts of about this size, so that several processes can share it
@@ -43,31 +44,52 @@ def read_txt(file, path, first_line=1):
     """Documents of about TEXT_SIZE characters, cut at line ends. Lines are numbered from first_line on."""
     document, size = [], 0
     problem, at = "", first_line  # at: the line that is named
-    for number, line in enumerate(file, first_line):
+    for number, line in enumerate(utf8_lines(file), first_line):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             text = line.decode("utf-8", errors="replace")
             if not problem:
                 problem, at = not_utf8(error), number
-        document.append(text)
-        size += len(text)
-        if size >= TEXT_SIZE:
-            yield f"{path}, line {at}", Document("".join(document), problem=problem)
-            document, size = [], 0
-            problem, at = "", number + 1
-    if document:
+        for part in LINE_END_OF_OLD_MACS.split(text):
+            document.append(part)
+            size += len(part)
+            if size >= TEXT_SIZE:
+                yield f"{path}, line {at}", Document("".join(document), problem=problem)
+                document, size = [], 0
+                problem, at = "", number + 1
+    if any(document):
         yield f"{path}, line {at}", Document("".join(document), problem=problem)
 
 
+LINE_END_OF_OLD_MACS = re.compile(r"(?<=\r)(?!\n)")
+
+
+def utf8_lines(file):
+    """The lines of a binary file as UTF-8, of one in UTF-16 too, if it begins with a byte order mark."""
+    if not is_utf16(file):
+        yield from file
+        return
+    text = io.TextIOWrapper(file, "utf-16", errors="replace", newline="\n")
+    for line in text:
+        yield line.encode("utf-8")
+    text.detach()  # else the file is closed with it
+
+
+def is_utf16(file):
+    """Whether a binary file begins with the byte order mark of UTF-16. Lines of a part of a file (a list) do not."""
+    return hasattr(file, "peek") and file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
 def not_utf8(error):
-    return f"not UTF-8 (byte {error.start} of the line): convert the file, e.g. iconv -f gb18030 -t utf-8"
+    fix = "convert the file, e.g. iconv -f gb18030 -t utf-8, or if it is UTF-16, iconv -f utf-16le -t utf-8"
+    return f"not UTF-8 (byte {error.start} of the line): {fix}"
 
 
 def read_jsonl(file, path, first_line=1):
     """A document for each line that is not blank. Lines are numbered from first_line on."""
     folder = folder_name(path)
-    for number, line in enumerate(file, first_line):
+    for number, line in enumerate(utf8_lines(file), first_line):
         if line.strip():
             yield f"{path}, line {number}", document_or_problem(functools.partial(parse_line, line), folder, line)
 
@@ -90,8 +112,15 @@ def document_or_problem(get_row, folder, raw):
         problem = f"not JSON ({error.msg})"
     except RecursionError:
         problem = "JSON nested too deeply"
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+    except ValueError as error:
+        problem = str(error)
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+    ) as error:  # values that Python or rows.py cannot hold
+        problem = f"a value that cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})"
     return Document(raw.decode("utf-8", errors="replace") if isinstance(raw, bytes) else str(raw), problem=problem)
 
 
@@ -100,20 +129,21 @@ def read_json(file, path):
 
     ValueError where it is not JSON, since after an error nobody knows where the next row begins.
     """
-    head = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
+    encoding = "utf-16" if is_utf16(file) else "utf-8-sig"
+    head = file.read(1 << 16).decode(encoding, errors="replace").lstrip()
     file.seek(0)
-    if not head.startswith(b"[") and head.partition(b"\n")[0].strip() != b"{":
+    if not head.startswith("[") and head.partition("\n")[0].strip() != "{":
         yield from read_jsonl(file, path)
         return
     folder = folder_name(path)
     number = 0
     try:
-        for number, row in enumerate(json_values(io.TextIOWrapper(file, encoding="utf-8-sig")), 1):
+        for number, row in enumerate(json_values(io.TextIOWrapper(file, encoding=encoding)), 1):
             yield f"{path}, row {number}", document_or_problem(lambda row=row: row, folder, row)
     except (ValueError, RecursionError) as error:
         reason = f"not JSON ({getattr(error, 'msg', error)})"
         if isinstance(error, UnicodeDecodeError):
-            reason = "not UTF-8"
+            reason = "not UTF-8" if encoding == "utf-8-sig" else "not UTF-16"
         fix = "fix it; in a .jsonl file, with a row a line, only bad lines would be lost"
         raise ValueError(f"{path}: {reason} after row {number}: {fix}") from None
 
@@ -146,7 +176,7 @@ def json_values(file):
 
 
 def read_parquet(file, path):
-    """A document for each row."""
+    """A document for each row. Only columns that a document can be made of are read."""
     try:
         from pyarrow.lib import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -155,13 +185,17 @@ def read_parquet(file, path):
     folder = folder_name(path)
     number = 0
     try:
-        for batch in ParquetFile(file).iter_batches(batch_size=1000):
+        parquet = ParquetFile(file)
+        columns = [name for name in parquet.schema_arrow.names if name in FIELDS]
+        if not columns:
+            raise ValueError(f"{path}: {no_text_in(parquet.schema_arrow.names)}")
+        for batch in parquet.iter_batches(batch_size=1000, columns=columns):
             rows = None
-            with contextlib.suppress(UnicodeDecodeError):  # then one row at a time, which is slow
+            with contextlib.suppress(ValueError, ArithmeticError, ArrowException):  # then one row at a time: slow
                 rows = batch.to_pylist()
             for i in range(batch.num_rows):
                 number += 1
-                get_row = functools.partial(rows.__getitem__, i) if rows else functools.partial(row_of_batch, batch, i)
+                get_row = functools.partial(row_of_batch, rows or batch, i)
                 yield f"{path}, row {number}", document_or_problem(get_row, folder, "")
     except (OSError, ArrowException) as error:
         reason = str(error).splitlines()[0]
@@ -170,7 +204,9 @@ def read_parquet(file, path):
 
 
 def row_of_batch(batch, i):
-    return batch.slice(i, 1).to_pylist()[0]
+    """Row i of a list of rows or a pyarrow batch, with bytes as text."""
+    row = batch[i] if isinstance(batch, list) else batch.slice(i, 1).to_pylist()[0]
+    return {name: value.decode("utf-8") if isinstance(value, bytes) else value for name, value in row.items()}
 
 
 def read_html(file, path):
@@ -332,8 +368,11 @@ def parts_of_source(source, paths):
     for path in paths:
         size = path.stat().st_size
         if size > PART_BYTES and suffix_of(path) in (".txt", ".jsonl") and not is_gzip(path):
-            parts += line_parts(source, path)
-            continue
+            with open(path, "rb") as file:
+                has_lines_of_bytes = not is_utf16(file)
+            if has_lines_of_bytes:
+                parts += line_parts(source, path)
+                continue
         if group and group_size + size > PART_BYTES:
             parts.append(whole_files(source, group))
             group, group_size = [], 0
@@ -347,10 +386,8 @@ def parts_of_source(source, paths):
 def files_in(folder, out):
     """The files of a folder that can be read, sorted. Prints on stderr what else is there."""
     found, others = [], Counter()
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_dir() or hidden or out and path.resolve().is_relative_to(out.resolve()):
-            continue
+    seen = {folder.resolve()} | ({out.resolve()} if out else set())
+    for path in paths_in(folder, seen):
         if path.is_file() and suffix_of(path) in READERS:
             found.append(path)
         else:
@@ -359,6 +396,22 @@ def files_in(folder, out):
         counts = ", ".join(f"{number} {kind}" for kind, number in others.most_common())
         print(f"{folder}: not read: {counts}", file=sys.stderr)
     return found
+
+
+def paths_in(folder, seen):
+    """Yield what is in a folder and its folders, sorted, without hidden things. Links are followed.
+
+    seen: resolved paths that are passed over; what is yielded is added, so that a loop of links ends.
+    """
+    for path in sorted(folder.iterdir()):
+        resolved = path.resolve()
+        if path.name.startswith(".") or resolved in seen:
+            continue
+        seen.add(resolved)
+        if path.is_dir():
+            yield from paths_in(path, seen)
+        else:
+            yield path
 
 
 def whole_files(source, paths):

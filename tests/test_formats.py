@@ -1,193 +1,20 @@
-"""Formats: rows of every corpus as its publisher ships it, files of every kind, pages, and what damaged ones get."""
+"""Formats: files of every kind, pages, and what damaged ones get."""
 
 import gzip
 import json
 import random
+import subprocess
 import sys
 
 import pytest
 from conftest import call, refused
+from test_rows import ROWS, STARCODER
 
 from corpus import formats
 from corpus.default import read_stdlib
-from corpus.documents import Document, document_of
+from corpus.documents import Document
 from corpus.formats import decode_page, file_parts, json_values
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Rows
-
-
-def messages(*contents, first="user"):
-    roles = ("user", "assistant") if first == "user" else ("assistant", "user")
-    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
-
-
-def chat(format, *contents, dropped_by="", first="user"):
-    return Document(messages(*contents, first=first), "chat", format, dropped_by)
-
-
-def zhihu(upvotes):
-    return {"INSTRUCTION": "问", "RESPONSE": "答", "SOURCE": "Zhihu", "METADATA": json.dumps({"upvotes": upvotes})}
-
-
-def conversation(*turns):
-    return {"id": "16012449", "conversations": [{"from": side, "value": text} for side, text in turns]}
-
-
-EXAM = {
-    "id": "1",
-    "q_type": "单选题",
-    "q_main": "一加一等于几？",
-    "option_a": "1",
-    "option_b": "2",
-    "option_c": "3",
-    "option_d": "4",
-    "option_e": None,
-    "std_ans": "B",
-    "answer_detail": "算术。",
-    "grade": None,
-}
-SECTIONS = [{"title": "形态", "content": "红色。"}, {"title": "用途", "content": "入药。"}]
-SYSTEM = {"role": "system", "content": "简短。"}
-STARCODER = {
-    "max_stars_repo_path": "a.py",
-    "max_stars_repo_name": "u/r",
-    "max_stars_count": 3,
-    "id": "1",
-    "content": "<reponame>u/r<filename>a.py\nimport os\n",
-}
-
-ROWS = {
-    "plain": ({"text": "天地玄黄"}, Document("天地玄黄")),
-    "skypile with more fields": ({"text": "天地玄黄", "meta": {"url": "u"}}, Document("天地玄黄")),
-    "a string": ("天地玄黄", Document("天地玄黄")),
-    "wanjuan": ({"id": "BkQQ", "content": "天地玄黄"}, Document("天地玄黄")),
-    "wanjuan exam": (
-        EXAM,
-        Document("一加一等于几？\nA. 1\nB. 2\nC. 3\nD. 4\n标准答案：B\n解析：算术。", format="wanjuan_exam"),
-    ),
-    "wanjuan exam without options": (
-        {"q_main": "何谓道？", "option_a": None, "option_b": "", "std_ans": "不可说", "answer_detail": None},
-        Document("何谓道？\n标准答案：不可说", format="wanjuan_exam"),
-    ),
-    "wikipedia": (
-        {"completion": "昭通机场是中国的机场。", "source": "wikipedia.zh2307"},
-        Document("昭通机场是中国的机场。", format="wikipedia"),
-    ),
-    "baike": (
-        {"title": "红花", "summary": "一种花。", "sections": SECTIONS, "tags": ["花"], "url": "http://a"},
-        Document("红花\n一种花。\n形态\n红色。\n用途\n入药。", format="baike"),
-    ),
-    "baike without a summary": (  # Steel-LLM's converter loses such a page
-        {"title": "红花", "summary": None, "sections": SECTIONS[:1], "tags": [], "url": "u"},
-        Document("红花\n形态\n红色。", format="baike"),
-    ),
-    "baidu qa": (
-        {
-            "qid": "q1",
-            "category": "教育",
-            "title": "人站在地球上为什么没有头朝下的感觉？",
-            "desc": "",
-            "answer": "因为引力。",
-        },
-        chat("baidu_qa", "人站在地球上为什么没有头朝下的感觉？", "因为引力。"),
-    ),
-    "baidu qa with a description": (  # Steel-LLM's converter loses it
-        {"qid": "q1", "title": "怎么办？", "desc": "电脑打不开了", "answer": "重启。"},
-        chat("baidu_qa", "怎么办？\n电脑打不开了", "重启。"),
-    ),
-    "baidu qa with a description that says it all": (
-        {"qid": "q1", "title": "怎么办？ ", "desc": " 电脑打不开了，怎么办？", "answer": "重启。"},
-        chat("baidu_qa", "电脑打不开了，怎么办？", "重启。"),
-    ),
-    "baidu qa with a description that says no more": (
-        {"qid": "q1", "title": "电脑打不开了怎么办？", "desc": "电脑打不开了", "answer": "重启。"},
-        chat("baidu_qa", "电脑打不开了怎么办？", "重启。"),
-    ),
-    "zhihu": (zhihu("赞同 123"), chat("zhihu", "问", "答")),
-    "zhihu, many votes": (
-        zhihu("赞同 1.5 万"),
-        chat("zhihu", "问", "答"),
-    ),  # Steel-LLM's converter loses the best answers
-    "zhihu, few votes": (zhihu("赞同 99"), chat("zhihu", "问", "答", dropped_by="upvotes")),
-    "zhihu, no votes": (zhihu("赞同"), chat("zhihu", "问", "答", dropped_by="upvotes")),
-    "belle 2M": (
-        {"instruction": "翻译：", "input": "早上好", "output": "Good morning"},
-        chat("instruction", "翻译：\n早上好", "Good morning"),
-    ),
-    "alpaca without input": (
-        {"instruction": "写诗", "input": "", "output": "床前明月光"},
-        chat("instruction", "写诗", "床前明月光"),
-    ),
-    "belle 3.5M": (
-        conversation(("human", "你好"), ("assistant", "您好"), ("human", "再见")),
-        chat("conversations", "你好", "您好", "再见"),
-    ),
-    "turns that do not alternate": (  # pairing by position would give the second question the first answer
-        conversation(("human", "一"), ("human", "二"), ("assistant", "答")),
-        chat("conversations", "一\n二", "答"),
-    ),
-    "sharegpt that begins with the answer": (
-        conversation(("gpt", "答"), ("human", "问")),
-        chat("conversations", "答", "问", first="assistant"),
-    ),
-    "firefly": ({"kind": "NER", "input": "找出地名", "target": "荆州。"}, chat("firefly", "找出地名", "荆州。")),
-    "moss": (
-        {
-            "conversation_id": 1,
-            "conversation": [{"human": "问一", "assistant": "答一"}, {"human": "问二", "assistant": "答二"}],
-        },
-        chat("moss", "问一", "答一", "问二", "答二"),
-    ),
-    "openai": (
-        {"messages": [SYSTEM, *messages("问", "答")]},
-        Document([SYSTEM, *messages("问", "答")], "chat", "messages"),
-    ),
-    "starcoder": (STARCODER, Document("import os\n", "code", "starcoder-python")),
-    "starcoder with stars": (
-        {"content": "<gh_stars>10-100\na < b > c"},
-        Document("a < b > c", "code", "starcoder-python"),
-    ),
-    "an answer that ends in a mark keeps it": (
-        {"instruction": "说", "output": "</s>好的</s>"},
-        chat("instruction", "说", "</s>好的</s>"),
-    ),
-}
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("name", ROWS)
-def test_a_row_of_every_corpus(name):
-    row, expected = ROWS[name]
-    assert document_of(row, "python") == expected
-
-
-MALFORMED = [
-    ({"title": "a", "body": "b"}, "no text in fields title, body; expected text, content, messages"),
-    ([1, 2], "no text in a row of type list"),
-    ({"text": 7}, "expected text, found 7"),
-    ({"conversations": [{"from": "narrator", "value": "a"}]}, "a turn of 'narrator', expected one of human, user"),
-]
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("row, words", MALFORMED)
-def test_a_malformed_row_says_what_is_wrong(row, words):
-    with pytest.raises(ValueError, match=words):
-        document_of(row)
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("name", ROWS)
-def test_a_document_survives_json_and_a_map_reaches_each_of_its_texts(name):
-    document = ROWS[name][1]._replace(dropped_by="")
-    line = document.to_json()
-    assert "\n" not in line and Document.from_json(line) == document
-    assert document.map(lambda text: text) == document == document.merge_turns()
-    emptied = document.map(lambda text: "")
-    assert emptied.text.strip("\n") == "" and emptied.merge_turns().content in ("", [])
-    assert document.map(str.swapcase).text == document.text.swapcase()
-
+from corpus.rows import document_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
@@ -297,8 +124,8 @@ BAD_LINES = [
     (b'{"text": ', "line 7: not JSON (Expecting value)"),
     (b'{"text": "\xff\xfe"}', "line 7: not UTF-8 (byte 10 of the line)"),
     (b"[" * 100_000, "line 7: JSON nested too deeply"),
-    (b'{"conversations": [{"value": "a"}]}', "line 7: lacks 'from'"),
-    (b'{"conversations": 3}', "line 7: 'int' object is not iterable"),
+    (b'{"conversations": [{"value": "a"}]}', "line 7: conversations: expected turns as {role, content} or"),
+    (b'{"conversations": 3}', "line 7: conversations: expected a list of turns, found 3"),
     (b'{"n": ' + b"9" * 5000 + b"}", "line 7: Exceeds the limit"),
 ]
 
@@ -389,3 +216,99 @@ def test_the_standard_library_is_code_within_its_budget():
     documents = list(read_stdlib(50_000))
     assert 1 < len(documents) and sum(len(document.text) for document in documents) <= 50_000
     assert {document.kind for document in documents} == {"code"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Encodings, line ends, columns and links
+
+LINES = [f"第{i}回 滚滚长江东逝水，浪花淘尽英雄。\u2028" for i in range(200)]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf16_with_a_byte_order_mark_is_read(tmp_path, encoding, monkeypatch):
+    monkeypatch.setattr(formats, "PART_BYTES", 1000)  # it is not cut into parts
+    mark = "" if encoding == "utf-16" else "\ufeff"
+    rows = [json.dumps({"text": line}, ensure_ascii=False) for line in LINES]
+    (tmp_path / "a.jsonl").write_bytes((mark + "\r\n".join(rows)).encode(encoding))
+    (tmp_path / "b.json").write_bytes((mark + f"[{', '.join(rows)}]").encode(encoding))
+    (tmp_path / "c.txt").write_bytes((mark + "\n".join(LINES)).encode(encoding))
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress((mark + "\n".join(rows)).encode(encoding)))
+    found = read(tmp_path)
+    documents = {
+        name: [d for _, where, d in found if f"{name}," in where] for name in ("a.jsonl", "b.json", "d.jsonl.gz")
+    }
+    assert all(texts == list(map(Document, LINES)) for texts in documents.values())
+    assert "".join(d.text for _, where, d in found if "c.txt" in where) == "\n".join(LINES)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("encoding, number", [("gb18030", 0), ("utf-16-le", 1)])
+def test_advice_for_another_encoding_works(tmp_path, encoding, number):
+    path = tmp_path / "a.txt"
+    path.write_bytes("滚滚长江东逝水\n".encode(encoding))
+    [(_, _, document)] = read(path)
+    command = ["iconv", *document.problem.split("iconv ")[1 + number].split(",")[0].split(), path]
+    converted = subprocess.run(command, capture_output=True, check=True).stdout
+    assert converted.decode("utf-8") == "滚滚长江东逝水\n"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_of_every_kind_are_cut(tmp_path, end):
+    (tmp_path / "a.txt").write_bytes(end.join(LINES).encode("utf-8"))
+    texts = [document.text for _, _, document in read(tmp_path / "a.txt")]
+    assert "".join(texts) == end.join(LINES) and len(texts) == 3
+    assert all(text.endswith(end) and 2000 <= len(text) < 2050 for text in texts[:-1])
+
+
+@pytest.mark.quick
+def test_columns_that_nobody_reads_are_not_read_and_bytes_are_text(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    times = {
+        "nanoseconds": pyarrow.array([1700000000123456789] * 3, pyarrow.timestamp("ns")),
+        "far": pyarrow.array([10**18] * 3, pyarrow.timestamp("us")),
+        "zone": pyarrow.array([17] * 3, pyarrow.timestamp("us", tz="Mars/Base")),
+    }
+    texts = ["一", "二", "三"]
+    columns = times | {"text": pyarrow.array([text.encode() for text in texts], pyarrow.binary())}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    assert [document for _, _, document in read(tmp_path / "a.parquet")] == list(map(Document, texts))
+
+    history = pyarrow.array([None, 10**18, None], pyarrow.timestamp("us"))  # a column that is read
+    chats = pyarrow.table({"instruction": texts, "output": texts, "history": history})
+    pyarrow.parquet.write_table(chats, tmp_path / "b.parquet")
+    one, two, three = (document for _, _, document in read(tmp_path / "b.parquet"))
+    assert one.kind == three.kind == "chat" and two.problem.startswith("a value that cannot be read (OverflowError")
+
+    pyarrow.parquet.write_table(pyarrow.table({"body": texts, "n": [1, 2, 3]}), tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match=r"c.parquet: no text in fields body, n; expected text, content"):
+        read(tmp_path / "c.parquet")
+
+
+@pytest.mark.quick
+def test_linked_folders_are_read_once_and_loops_end(tmp_path, capsys):
+    raw, elsewhere = tmp_path / "raw", tmp_path / "elsewhere"
+    for folder in (raw / "deep", elsewhere):
+        folder.mkdir(parents=True)
+    (raw / "a.txt").write_text("一")
+    (elsewhere / "b.txt").write_text("二")
+    (elsewhere / "c.csv").write_text("三")
+    (raw / "linked").symlink_to(elsewhere)
+    (raw / "linked again").symlink_to(elsewhere)
+    (raw / "deep" / "loop").symlink_to(raw)
+    (raw / "same.txt").symlink_to(raw / "a.txt")
+    assert [document.text for _, _, document in read(raw)] == ["一", "二"]
+    assert capsys.readouterr().err == f"{raw}: not read: 1 .csv\n"
+
+
+def test_a_long_chinese_file_name_becomes_a_source(tmp_path):
+    path = tmp_path / f"《{'却说三国演义之群英荟萃' * 7}》.txt"
+    path.write_text(
+        "".join(f"第{i}回 滚滚长江东逝水，浪花淘尽英雄{chr(0x4E00 + i)}。\n" for i in range(200)), encoding="utf-8"
+    )
+    call("prepare.py", path, "--out", tmp_path / "out", "--vocab-size", 600, "--workers", 1)
+    [source] = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))["ledger"]
+    assert source.startswith("《却说三国演义之群英荟萃") and len(source.encode("utf-8")) <= 200
