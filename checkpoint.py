@@ -22,7 +22,7 @@ from pickle import UnpicklingError  # what torch.load raises for code in a file:
 
 import torch
 
-from common import lock_file, one_line
+from common import flush_folder, lock_file, one_line
 from model import Config, Decoder
 from optim import MAX_SKIPPED, RECENT_STEPS, is_bad
 from parallel import gather_state
@@ -178,12 +178,11 @@ class State:
         """ValueError where MAX_SKIPPED steps in a row were bad: the run ends. Waits for the device."""
         if self.worst.item() >= MAX_SKIPPED:
             saver.wait()
-            good = (step_folders(saver.run) or ["none"])[-1]
-            raise ValueError(
-                f"{MAX_SKIPPED} steps in a row had a loss or a gradient that cannot be right: the run ends at step "
-                f"{self.step}. The last good checkpoint is {good}: continue from there with a smaller --lr, or look at "
-                "the data"
-            )
+            good = step_folders(saver.run)
+            fix = f"The last good checkpoint is {good[-1]}: continue from there" if good else "Start again"
+            fix += " with a smaller --lr, or look at the data"
+            problem = f"{MAX_SKIPPED} steps in a row had a loss or a gradient that cannot be right"
+            raise ValueError(f"{problem}: the run ends at step {self.step}. {fix}")
         self.worst = self.in_a_row
 
     def advance(self, samples):
@@ -277,9 +276,7 @@ def write_checkpoint(folder, state_json, weights, optimizer_states, tokenizer):
         if isinstance(error.__context__, OSError):  # torch.save raises an error of its own for a full disk
             raise error.__context__ from None
         raise
-    descriptor = os.open(folder.parent, os.O_RDONLY)  # the rename must reach the disk before an older checkpoint goes
-    os.fsync(descriptor)
-    os.close(descriptor)
+    flush_folder(folder.parent)  # the rename must reach the disk before an older checkpoint goes
 
 
 def flushed_sha256(path):

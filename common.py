@@ -1,8 +1,11 @@
 """What every stage needs: whole files or none, hashes, locks, the device, and how a command ends."""
 
+import codecs
 import contextlib
 import ctypes
+import errno
 import hashlib
+import io
 import math
 import os
 import re
@@ -34,15 +37,35 @@ def sha256_of(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def flush_folder(folder):
+    """Flush what was renamed in a folder to the disk. Some file systems, and Windows, cannot: then nothing is done."""
+    cannot = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOTSUP, errno.EBADF, errno.EISDIR)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in cannot:
+            raise
+
+
 def read_text(path):
-    """The text of a UTF-8 file, line ends unchanged; 0 is standard input. ValueError if it is not UTF-8."""
+    """The text of a file, with \\n at line ends; 0 is standard input. ValueError if it is not UTF-8.
+
+    A byte order mark is dropped; after that of UTF-16 the file is read as UTF-16.
+    """
     name = path or "standard input"
     with open(path, "rb", closefd=path != 0) as file:
-        try:
-            return file.read().decode("utf-8")
-        except UnicodeDecodeError as error:
-            reason = f"is not UTF-8 (byte {error.start}): convert it, e.g. iconv -f gb18030 -t utf-8"
-            raise ValueError(f"{name} {reason}") from None
+        content = file.read()
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        reason = f"is not {error.encoding.upper()} (byte {error.start}): convert it, e.g. iconv -f gb18030 -t utf-8"
+        raise ValueError(f"{name} {reason}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def lock_file(file, wait=0.0):
@@ -126,6 +149,13 @@ def exit_code(main, argv=None):
     """
     try:
         return main(argv) or 0
+    except RuntimeError as error:
+        if sys.flags.dev_mode or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        lines = [line.strip() for line in str(error).splitlines()]
+        cause = next((line for line in lines[::-1] if "error:" in line), lines[0])
+        print(f"torch.compile failed ({cause}): do without it, in train.py with --no-compile", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode or isinstance(error, ValueError) and raised_by_library(error):
             raise
@@ -153,9 +183,45 @@ def one_line(error):
     return str(error)
 
 
+class Tolerant(io.RawIOBase):
+    """A stream that drops what it cannot write: a full disk behind stdout, or a reader that is gone, ends no run."""
+
+    def __init__(self, descriptor):
+        self.descriptor = descriptor
+
+    def write(self, data):
+        with contextlib.suppress(OSError):
+            return os.write(self.descriptor, data)
+        return len(data)
+
+    def writable(self):
+        return True
+
+    def fileno(self):
+        return self.descriptor
+
+    def isatty(self):
+        return os.isatty(self.descriptor)
+
+
+def print_whatever_happens():
+    """Make stdout and stderr Tolerant: for a run, which must not end because a line cannot be printed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        buffer = io.BufferedWriter(Tolerant(stream.fileno()))
+        setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "replace", line_buffering=name == "stderr"))
+
+
+def replace_what_cannot_be_printed():
+    """Print "?" for characters that the encoding of stdout lacks, as a Chinese Windows' GBK lacks most of Unicode."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+
+
 def run_command(main):
     """What stands under `if __name__ == "__main__"`. Ctrl-C and a closed pipe (`| head`) end it without a traceback."""
     for name in ("SIGINT", "SIGPIPE"):
         if hasattr(signal, name):  # Windows has no SIGPIPE
             signal.signal(getattr(signal, name), signal.SIG_DFL)
+    replace_what_cannot_be_printed()
     sys.exit(exit_code(main))

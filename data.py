@@ -8,12 +8,14 @@ data/NAME/ holds a tokenizer, manifest.json, and for each shard
     SHARD.tokens.npy    ids (uint16 where the vocabulary fits, else uint32); every document ends with eos
     SHARD.ends.npy      where the documents end, for programs that read whole documents
     SHARD.mask.npy      of chats: 1 where a token counts in the loss
-    SHARD.hashes.npy    [documents, 3]: two halves of a hash of the content, and its fingerprint, to find copies later
+    SHARD.hashes.npy    [documents, 4]: of each 128 bits of a hash of the content, and its fingerprint, to find copies
 
 A sample is a row of block_size + 1 ids of one shard: inputs and targets, shifted by one.
 """
 
 import concurrent.futures
+import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -87,6 +89,27 @@ def read_manifest(folder):
     return manifest
 
 
+DTYPES = {"tokens": (np.uint16, np.uint32), "mask": (np.uint8,)}  # of what is served; only chats have masks
+
+
+MAX_OPEN = 1 << 16
+
+
+def max_open_files():
+    """How many files this process may have open, MAX_OPEN at most. The soft limit is raised as far as it may be."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 512
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, most = (MAX_OPEN if limit == resource.RLIM_INFINITY else min(limit, MAX_OPEN) for limit in (soft, hard))
+    if soft < most:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+    return soft
+
+
 class TokenData:
     """The samples of one split of a prepared folder.
 
@@ -99,26 +122,27 @@ class TokenData:
         self.path, self.block_size = Path(path), block_size
         self.manifest = read_manifest(self.path)
         self.shards = [shard for shard in self.manifest["shards"] if shard["split"] == split]
-        self.tokens = [self._open(shard, "tokens", (np.uint16, np.uint32)) for shard in self.shards]
-        self.masks = [self._open(shard, "mask", (np.uint8,)) for shard in self.shards]
+        self.open = functools.lru_cache(maxsize=max_open_files() // 4)(self._open)
+        for k, shard in enumerate(self.shards):
+            for kind in DTYPES.keys() & shard["sha256"].keys():
+                self.open(k, kind)
         # first[k] is the number of shard k's first sample
-        self.first = np.cumsum([0] + [(len(tokens) - 1) // block_size for tokens in self.tokens])
+        self.first = np.cumsum([0] + [(shard["tokens"] - 1) // block_size for shard in self.shards])
         if len(self) == 0:
-            longest = max(map(len, self.tokens), default=0)
+            longest = max((shard["tokens"] for shard in self.shards), default=0)
             raise ValueError(
                 f"{path}: a block of {block_size} needs {block_size + 1} tokens, the longest {split} shard has "
                 f"{longest}: give prepare.py more text, or train.py a smaller --block-size"
             )
 
-    def _open(self, shard, kind, dtypes):
-        if kind not in shard["sha256"]:  # only chats have masks
-            return None
-        path = shard_path(self.path, shard["name"], kind)
+    def _open(self, k, kind):
+        """Shard k's array of a kind, mapped into memory; self.open keeps as many open as there may be open files."""
+        path = shard_path(self.path, self.shards[k]["name"], kind)
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+        except (FileNotFoundError, ValueError, EOFError):
             array = None
-        if array is None or array.shape != (shard["tokens"],) or array.dtype not in dtypes:
+        if array is None or array.shape != (self.shards[k]["tokens"],) or array.dtype not in DTYPES[kind]:
             self._refuse(path)
         return array
 
@@ -147,12 +171,12 @@ class TokenData:
 
     def __getitem__(self, i):
         k, where = self._locate(i)
-        return self.tokens[k][where].astype(np.int64)
+        return self.open(k, "tokens")[where].astype(np.int64)
 
     def counted(self, i):
         """Which targets of sample i count in the loss, [block_size] of 0 and 1; None: all of them."""
         k, where = self._locate(i)
-        return None if self.masks[k] is None else self.masks[k][where][1:]
+        return self.open(k, "mask")[where][1:] if "mask" in self.shards[k]["sha256"] else None
 
     def shard_hashes(self):
         """[name, sha256 of its files] of each shard, in the order in which samples are numbered."""

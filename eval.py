@@ -245,6 +245,8 @@ def main(argv=None):
             print_leak(model, info.path, samples, tokenizer.token_bytes, device)
             continue
         result = evaluate(model, samples, tokenizer.token_bytes, device)
+        if not result["tokens"]:
+            raise ValueError(f"{info.path}: none of the held-out samples has an answer to score: give --data or --text")
         if i == 0:
             print(f"{'checkpoint':<32}{'loss':>9}{'perplexity':>12}{'bpb':>9}{'tokens':>11}")
         numbers = f"{result['loss']:>9.4f}{result['perplexity']:>12.2f}{result['bpb']:>9.4f}{result['tokens']:>11,}"

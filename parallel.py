@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from common import exit_code
+from common import exit_code, print_whatever_happens
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The processes
@@ -112,6 +112,7 @@ class Stop:
 def run_rank(main):
     """As common.run_command, for a program that torchrun may have started."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until Stop takes over
+    print_whatever_happens()
     try:
         code = exit_code(main)
     except SystemExit as end:  # argparse, at the flags of a resumed run

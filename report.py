@@ -1,6 +1,7 @@
 """What a run says of itself: its configuration, a line now and then, scores on held-out text and samples."""
 
 import math
+import shlex
 from dataclasses import asdict
 
 import numpy as np
@@ -48,8 +49,11 @@ class Reporter:
         self.bytes_per_token = bytes_per_token(data, tokenizer)
         self.step, self.seconds = state.step, state.seconds  # at the last line
 
-    def line(self, state, loss, norm, lr):
-        """The step that has just been made; time and speed are means since the last line."""
+    def line(self, state, loss, norm, lr, targets):
+        """The step that has just been made; time and speed are means since the last line.
+
+        targets: how many counted in the loss; without any (questions whose answers are elsewhere), there is none.
+        """
         args, done, skipped = self.args, state.progress(self.args), state.skipped.item()
         took = (state.seconds - self.seconds) / (state.step - self.step)
         self.step, self.seconds = state.step, state.seconds
@@ -57,7 +61,9 @@ class Reporter:
         bpb = loss / math.log(2) / self.bytes_per_token
         parts = [
             f"step {state.step:>5}/{args.steps or int(state.step / done):<5} {100 * done:5.1f}%",
-            f"loss {loss:.4f} | bpb {bpb:.3f} | lr {lr:.1e} | norm {norm:.2f}",
+            f"loss {loss:.4f} | bpb {bpb:.3f} | lr {lr:.1e} | norm {norm:.2f}"
+            if targets
+            else "no answers to learn from",
             f"{1000 * took:4.0f} ms | {speed / 1000:.2f}k tok/s",
             f"mfu {100 * self.flops * speed / (self.peak * self.ranks.world):3.0f}%" if self.peak else "",
             f"eta {(state.seconds / done - state.seconds) / 60:.0f}m",
@@ -94,7 +100,8 @@ class Reporter:
         if result is None:
             return None
         loss, bpb, tokens = result["loss"], result["bpb"], result["tokens"]
-        self.ranks.say(f"step {state.step:>5} | val loss {loss:.4f} | val bpb {bpb:.4f} | {tokens:,} tokens")
+        scores = f"val loss {loss:.4f} | val bpb {bpb:.4f}" if tokens else "no answers in the held-out samples"
+        self.ranks.say(f"step {state.step:>5} | {scores} | {tokens:,} tokens")
         if self.log and state.evaluated < state.step:
             self.log.add(step=state.step, val_loss=loss, val_bpb=bpb)
         state.evaluated = state.step
@@ -120,7 +127,9 @@ class Reporter:
         if result:
             tokens = state.samples * self.block_size
             scores = f"val loss {result['loss']:.4f}, val bpb {result['bpb']:.4f}"
+            scores = scores if result["tokens"] else "no answers in the held-out samples"
             self.ranks.say(f"done: step {state.step}, {scores}, tokens {tokens}, {state.seconds:.0f} s")
+            run = shlex.quote(str(run))
             self.ranks.say(f"next: python sample.py {run}    python eval.py {run}")
         elif whole:
             self.ranks.say(f"stopped at step {state.step}; python train.py --resume --out {run} continues")

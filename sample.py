@@ -300,7 +300,7 @@ def converse(model, tokenizer, info, messages, args, generator):
 
 def read_prompt(path):
     """A file's text without its last line break; 0 is standard input."""
-    return read_text(path).removesuffix("\n").removesuffix("\r")
+    return read_text(path).removesuffix("\n")
 
 
 def main(argv=None):

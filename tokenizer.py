@@ -114,8 +114,9 @@ class SentencePiece(Tokenizer):
             reason = f"is not a sentencepiece model ({error}): run prepare.py again into a new folder"
             raise ValueError(f"{path} {reason}") from None
         special_ids = [sp.piece_to_id(piece) for piece in SPECIALS]
-        if not all(sp.is_control(i) for i in special_ids) or not sp.is_byte(sp.piece_to_id("<0x00>")):
-            reason = f"lacks byte fallback or the control pieces {', '.join(SPECIALS)}: train one with prepare.py"
+        has_specials = all(sp.is_control(i) for i in special_ids)
+        if not has_specials or not sp.is_byte(sp.piece_to_id("<0x00>")) or sp.is_unknown(sp.piece_to_id(SPACE_MARK)):
+            reason = f"lacks byte fallback, a space or the pieces {', '.join(SPECIALS)}: train one with prepare.py"
             raise ValueError(f"{path} {reason}")
         token_bytes = []
         for i in range(len(sp)):
@@ -147,6 +148,7 @@ TRAINING = {
     "add_dummy_prefix": False,
     "byte_fallback": True,
     "user_defined_symbols": ["\n"],
+    "required_chars": SPACE_MARK,  # where no text has a space, spaces would else be spelt in its bytes
     # for Chinese: rare characters in bytes, words of at most 8 characters
     "character_coverage": 0.9995,
     "max_sentencepiece_length": 8,
@@ -189,13 +191,20 @@ def train_sentencepiece(texts, vocab_size, path):
     try:
         SentencePieceTrainer.train(sentence_iterator=sentences(), model_writer=model, **settings)
     except RuntimeError as error:
-        reason = re.sub(r"^.*\] *", "", str(error).strip().splitlines()[-1])
-        fix = "more text, a smaller --vocab-size, or another folder's with --tokenizer FOLDER"
-        raise ValueError(f"no tokenizer of {vocab_size} pieces from this text ({reason}): {fix}") from None
+        raise ValueError(f"no tokenizer of {vocab_size} pieces from this text: {advice(str(error))}") from None
     finally:  # an error of the texts takes precedence over the one that sentencepiece makes of it
         if failures:
             raise failures[0]
     write_atomically(Path(path), model.getvalue())
+
+
+def advice(error):
+    """What to do about an error of sentencepiece's trainer; its own words suit its own flags."""
+    if least := re.search(r"vs (\d+)", error):
+        return f"its characters alone need {least[1]}: set --vocab-size to that or more"
+    if most := re.search(r"value <= (\d+)", error):
+        return f"it makes {most[1]} at most: give more text, or set --vocab-size to that or less"
+    return re.sub(r"^.*\] *", "", error.strip().splitlines()[-1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

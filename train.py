@@ -180,7 +180,10 @@ def ensure_data(args, ranks):
         prepare([], Path(args.data), workers=os.cpu_count())
     ranks.barrier()
     if not manifest.exists():
-        raise ValueError(f"no data in {args.data}: python prepare.py FILE_OR_DIR --out {args.data}")
+        fix = (
+            "say with --data where they are now" if args.resume else f"python prepare.py FILE_OR_DIR --out {args.data}"
+        )
+        raise ValueError(f"no data in {args.data}: {fix}")
 
 
 def check_ranks_agree(args, checkpoint, ranks):
@@ -291,7 +294,7 @@ def run_constants(args, model, data):
     return {
         "chat": data.mostly_chat(),
         "config": asdict(model.config),
-        "args": vars(args) | {"resume": False, "verify": False},
+        "args": vars(args) | {"resume": False, "verify": False, "data": str(Path(args.data).resolve())},
         "shards": data.shard_hashes(),
     }
 
@@ -434,7 +437,7 @@ def main(argv=None):
             gc.collect()
             gc.freeze()  # what is there now stays: the garbage collector need not look at it again
         if log_now:
-            reporter.line(state, loss.item(), norm.item(), lr)
+            reporter.line(state, loss.item(), norm.item(), lr, int(count))
         if state.due(args.save_every) and not state.in_a_row:
             saver.save(model, optimizers, state)
         clock = time.perf_counter()

@@ -1,5 +1,6 @@
 """How a command ends, files that are whole or not there, and locks."""
 
+import contextlib
 import errno
 import json
 import os
@@ -12,7 +13,7 @@ import pytest
 from conftest import ROOT, run
 
 import common
-from common import choose_device, exit_code, lock_file, one_line, read_text, sha256_of, write_atomically
+from common import choose_device, exit_code, flush_folder, lock_file, one_line, read_text, sha256_of, write_atomically
 from model import Config
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -112,6 +113,45 @@ def test_a_closed_pipe_ends_a_command_quietly(script):
     assert process.stderr.read() == b"" and process.wait(timeout=60) == -signal.SIGPIPE
 
 
+@pytest.mark.parametrize("encoding", ["gbk", "ascii"])
+def test_characters_that_cannot_be_printed_become_question_marks(script, encoding):
+    path = script('print("5€ 却说😀")')
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    result = subprocess.run([sys.executable, path], env=environment, capture_output=True)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert result.stdout == "5€ 却说😀\n".encode(encoding, errors="replace")
+
+
+def test_a_run_outlives_its_reader_and_a_full_disk(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from parallel import run_rank\n"
+    code += "def main(argv):\n    [print('a line', i, flush=True) for i in range(50_000)]\n"
+    code += "    print('no stderr', file=sys.stderr)\n    open('done', 'w').close()\n    return 7\nrun_rank(main)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=tmp_path, bufsize=0)
+    assert process.stdout.readline() == b"a line 0\n"
+    process.stdout.close()  # as `| head -1` does
+    assert process.wait(timeout=60) == 7 and (tmp_path / "done").exists()
+    (tmp_path / "done").unlink()
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([sys.executable, "-c", code], stdout=full, stderr=full, cwd=tmp_path).returncode == 7
+    assert (tmp_path / "done").exists()
+    result = run(sys.executable, "-c", code, cwd=tmp_path)
+    assert result.stdout.splitlines() == [f"a line {i}" for i in range(50_000)] and result.stderr == "no stderr\n"
+
+
+@pytest.mark.quick
+def test_a_folder_that_cannot_be_flushed_is_no_error_and_a_broken_disk_is(tmp_path, monkeypatch):
+    for number, is_error in ((errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)):
+
+        def fail(descriptor, number=number):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError) if is_error else contextlib.nullcontext():
+            flush_folder(tmp_path)
+    monkeypatch.undo()
+    flush_folder(tmp_path)
+
+
 def test_ctrl_c_ends_a_command_quietly(script):
     path = script('import time; print("ready", flush=True); time.sleep(60)')
     process = subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -125,11 +165,15 @@ def test_ctrl_c_ends_a_command_quietly(script):
 
 
 @pytest.mark.quick
-def test_read_text_keeps_line_ends_and_refuses_other_encodings(tmp_path):
+def test_read_text_is_the_same_for_all_line_ends_and_byte_order_marks(tmp_path):
     path = tmp_path / "a.txt"
-    for text in ("", "却说\r\n曹操\n\r", "\ufeffa"):
-        path.write_bytes(text.encode("utf-8"))
-        assert read_text(path) == text
+    text = "却说\n\n曹操\ufeff\n"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        for end in ("\n", "\r\n", "\r"):
+            path.write_bytes(text.replace("\n", end).encode(encoding))
+            assert read_text(path) == text
+    path.write_bytes(b"")
+    assert read_text(path) == ""
     path.write_bytes("滚滚长江".encode("gb18030"))
     with pytest.raises(ValueError, match=f"{path} is not UTF-8 .byte 0.: convert it, e.g. iconv -f gb18030 -t utf-8"):
         read_text(path)
@@ -140,7 +184,7 @@ def test_read_text_keeps_line_ends_and_refuses_other_encodings(tmp_path):
 def test_read_text_of_standard_input(script):
     path = script("from common import read_text; sys.stdout.write(ascii(read_text(0)))")
     result = subprocess.run([sys.executable, path], input="却\r\n".encode(), capture_output=True)
-    assert result.stdout == rb"'\u5374\r\n'"
+    assert result.stdout == rb"'\u5374\n'"
     result = subprocess.run([sys.executable, path], input=b"a\xff", capture_output=True)
     assert result.returncode == 1 and result.stderr.startswith(b"standard input is not UTF-8 (byte 1)")
 

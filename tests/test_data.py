@@ -1,13 +1,18 @@
 """The shard format, its reader, and the order in which training serves samples."""
 
+import errno
 import itertools
 import json
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from data import (
     TokenData,
@@ -30,8 +35,8 @@ pytestmark = pytest.mark.quick
 # Shards
 
 EOS = 7
-TEXT = [(np.arange(10, 10 + n), None, 3 * n, np.zeros(3, dtype=np.uint64)) for n in (50, 1, 20)]
-CHAT = [(np.arange(100, 130), np.repeat([0, 1, 0], 10).astype(np.uint8), 90, np.ones(3, dtype=np.uint64))]
+TEXT = [(np.arange(10, 10 + n), None, 3 * n, np.zeros(4, dtype=np.uint64)) for n in (50, 1, 20)]
+CHAT = [(np.arange(100, 130), np.repeat([0, 1, 0], 10).astype(np.uint8), 90, np.ones(4, dtype=np.uint64))]
 
 
 def write_folder(folder, vocab_size=1000):
@@ -120,6 +125,41 @@ def test_damaged_shards_are_named(folder):
     path.unlink()
     with pytest.raises(ValueError, match=damaged):
         TokenData(folder, "train", 8)
+
+
+def test_a_shard_that_cannot_be_read_is_not_called_damaged(folder, monkeypatch):
+    def fail(path, *args, **kwargs):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(np, "load", fail)
+    with pytest.raises(OSError, match="Input/output error") as error:
+        TokenData(folder, "train", 8)
+    assert error.value.filename.endswith("a.tokens.npy")
+
+
+SERVE = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+from data import TokenData
+data = TokenData(sys.argv[1], "train", 8)
+order = [i for start in range(7) for i in range(start, len(data), 7)]
+print(len(data.shards), [data[i].tolist() == list(range(8 * i, 8 * i + 9)) for i in order].count(False))
+"""
+
+
+def test_more_shards_than_files_may_be_open_are_served(tmp_path):
+    tokenizer = SimpleNamespace(vocab_size=10_000, eos_id=EOS)
+    shards = []
+    for k in range(100):
+        ids = np.arange(16 * k, 16 * k + 16)
+        shard = write_shard(tmp_path, f"s{k}", [(ids, None, 9, np.zeros(4, dtype=np.uint64))], tokenizer)
+        array = np.load(tmp_path / f"s{k}.tokens.npy")
+        np.save(tmp_path / f"s{k}.tokens.npy", np.append(ids, 16 * k + 16).astype(array.dtype))
+        shards.append({"split": "train", "source": "s", **shard})
+    manifest = {"tokenizer": {"file": "t"}, "parts": 1, "inputs": [], "ledger": {}, "shards": shards}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    result = subprocess.run([sys.executable, "-c", SERVE, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("100 0\n", "")
 
 
 def test_a_flipped_bit_is_found_by_a_hash_of_its_file(folder):

@@ -108,7 +108,7 @@ def test_the_command(small_data, tmp_path):
     refused(result, "prepared with another tokenizer")
     for name, content, problem in (
         ("empty.txt", b"", "empty.txt is empty"),
-        ("bad.txt", b"\xff\xfe", "bad.txt is not UTF-8 (byte 0)"),
+        ("bad.txt", b"\xff", "bad.txt is not UTF-8 (byte 0)"),
     ):
         (tmp_path / name).write_bytes(content)
         refused(call("eval.py", tmp_path / "run", "--text", tmp_path / name, ok=False), problem)

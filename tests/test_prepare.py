@@ -420,7 +420,7 @@ def test_chat_keeps_its_roles_and_counts_only_answers(tmp_path):
             expected += [*ids, tokenizer.eos_id]
             counted += [*mask, 0]
     assert [shard["name"] for shard in data.shards] == ["chat-messages-00000-0-train"]
-    assert data.tokens[0].tolist() == expected and data.masks[0].tolist() == counted
+    assert data.open(0, "tokens").tolist() == expected and data.open(0, "mask").tolist() == counted
     assert 0 < sum(counted) < len(counted)
     for i in range(len(data)):
         ids, targets = inputs_and_targets(data, i)

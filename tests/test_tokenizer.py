@@ -8,6 +8,7 @@ To compare with transformers on more strings:
 import argparse
 import json
 import random
+import re
 import unicodedata
 from pathlib import Path
 
@@ -80,6 +81,33 @@ def test_sentencepiece_round_trip_of_any_unicode(small):
     for text in [*TEXTS, *random_texts(3000)]:
         assert small.decode(small.encode(text)) == text
     assert small.vocab_size == 600
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("text", ["却说曹操引兵渡河" * 30, "a" * 300, "12" * 300, "\u2581好\n" * 90, " " * 900])
+def test_the_round_trip_is_exact_whatever_the_tokenizer_was_trained_on(text, tmp_path):
+    with pytest.raises(ValueError) as error:
+        train_sentencepiece([text] * 20, 5000, tmp_path / "tokenizer.model")
+    most = int(
+        re.search(r"it makes (\d+) at most: give more text, or set --vocab-size to that or less", str(error.value))[1]
+    )
+    train_sentencepiece([text] * 20, most, tmp_path / "tokenizer.model")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == most
+    for other in [text, *TEXTS, " ", "a b  c\n d", "\u2581 \u2581", "世 界", *random_texts(100)]:
+        assert tokenizer.decode(tokenizer.encode(other)) == other
+    chat = tokenizer.encode_chat([{"role": "user", "content": "你 好"}])[0]
+    assert "You are a helpful assistant." in tokenizer.decode(chat) and "你 好" in tokenizer.decode(chat)
+
+
+@pytest.mark.quick
+def test_the_advice_for_too_few_pieces_gives_a_number_that_works(tmp_path):
+    texts = ["".join(map(chr, range(0x4E00 + 300 * i, 0x4E00 + 300 * (i + 1)))) * 5 for i in range(3)]
+    with pytest.raises(ValueError) as error:
+        train_sentencepiece(texts, 400, tmp_path / "tokenizer.model")
+    least = re.search(r"its characters alone need (\d+): set --vocab-size to that or more$", str(error.value))
+    train_sentencepiece(texts, int(least[1]), tmp_path / "tokenizer.model")
+    assert load_tokenizer(tmp_path).vocab_size == int(least[1])
 
 
 def test_round_trip_with_the_default_tokenizer(sentencepiece):

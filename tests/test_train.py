@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -300,6 +301,50 @@ def test_resume_refuses_another_model_and_other_data(whole_run, small_data, tmp_
         (data / "manifest.json").write_text(json.dumps(manifest | {"shards": shards}), encoding="utf-8")
         lost = "step-00000008 was trained on shard a-00000-0-train, which"
         refused(call(*resume, "--data", data, ok=False), lost, "has lost or changed: bring it back")
+
+
+def test_a_run_is_resumed_and_scored_from_any_folder_and_its_data_may_move(small_data, tmp_path, monkeypatch):
+    data = tmp_path / "here" / "data"
+    shutil.copytree(small_data, data)
+    monkeypatch.chdir(tmp_path / "here")
+    train("data", "run", "--steps", 2)
+    run = Path("run").resolve()
+    assert state_of(run, 2)["args"]["data"] == str(data)
+    monkeypatch.chdir(tmp_path)
+    call("train.py", "--resume", "--out", run, "--steps", 3)
+    assert "step-00000003" in call("eval.py", run).stdout
+    moved = tmp_path / "moved"
+    data.rename(moved)
+    refused(
+        call("train.py", "--resume", "--out", run, "--steps", 4, ok=False), f"no data in {data}: say with --data where"
+    )
+    refused(call("eval.py", run, ok=False), f"no data in {data}")
+    call("train.py", "--resume", "--out", run, "--steps", 4, "--data", "moved")
+    assert state_of(run, 4)["args"]["data"] == str(moved) and "step-00000004" in call("eval.py", run).stdout
+
+
+def test_a_step_without_an_answer_says_so_and_changes_no_weight(small_data, chapters, tmp_path):
+    questions = [{"question": chapter[:300], "answer": "渡"} for chapter in chapters[:8]]
+    rows = "\n".join(json.dumps(row, ensure_ascii=False) for row in questions)
+    (tmp_path / "chat.jsonl").write_text(rows, encoding="utf-8")
+    call("prepare.py", tmp_path / "chat.jsonl", "--out", tmp_path / "data", "--tokenizer", small_data, "--workers", 1)
+    flags = ["--micro-batch", 1, "--block-size", 8, "--log-every", 1, "--save-every", 1, "--keep", 99, "--steps", 30]
+    shown = train(tmp_path / "data", tmp_path / "run", *flags, "--seed", 1).stdout.splitlines()
+    lines = [line for line in log_lines(tmp_path / "run") if "loss" in line]
+    empty = [line["step"] for line in lines if line["loss"] is None]
+    assert 10 < len(empty) < 30 and {line["skipped"] for line in lines} == {0}
+    for step in range(2, 31):
+        same = weights(tmp_path / "run", step) == weights(tmp_path / "run", step - 1)
+        said = "no answers to learn from" in next(line for line in shown if line.startswith(f"step {step:>5}/"))
+        assert same == said == (step in empty)
+    assert not any("nan" in line for line in shown)
+
+
+def test_a_compiler_that_fails_gets_one_line_with_the_way_out(small_data, tmp_path, compiler):
+    folder = tmp_path / "with a space"
+    flags = ["--data", small_data, "--out", tmp_path / "run", *TINY, "--steps", 1, "--compile"]
+    result = python("train.py", *flags, ok=False, TORCHINDUCTOR_CACHE_DIR=str(folder))
+    refused(result, "torch.compile failed (", "error: ", "--no-compile")
 
 
 def test_out_of_memory_says_what_helps(small_data, tmp_path):
