@@ -53,6 +53,10 @@ def load(path):
         model, found = load_folder(path)
         ours = found.get("architectures") == ["NanoSteelForCausalLM"]
         info = Info(path, chat=bool(found.get("chat", False)), eos_first=ours)
+    elif (path / "adapter_config.json").exists():
+        raise ValueError(
+            f"{path} is an adapter (LoRA), not a model: merge it into its model first (peft: merge_and_unload)"
+        )
     else:
         path = newest_checkpoint(path)
         state = read_state(path)

@@ -350,29 +350,32 @@ def clean_copyright(text):
 SENTENCE_END = re.compile(r"""[。！？!?…]+[”’」』）)》】"']*+|\.(?![A-Za-z0-9])[”’)"']*+|\n""")
 PAIRS = ("“”", "‘’", "「」", "『』", "（）", "()", "《》", "【】", "[]", '""')
 SHORT_SENTENCE = 12  # characters, signs included: what is shorter is never a repeat
-SHORT_LINE = 40  # characters: what is shorter may be a line of verse, a title or an item
+SHORT_LINE = 40  # characters: what is shorter may be a line of verse, or a title
 ITEM = re.compile(r"\s*(?:[|>#]|[-*+•·]\s|[(（]?(?:\d{1,3}|[一二三四五六七八九十]{1,3})[.、．)）])")
 
 
 def remove_repeat_sentences(text):
     """Of equal sentences in paragraphs, only the first stays: spam repeats itself.
 
-    Not looked at are short sentences, short lines (verse has refrains), items, rows of tables, code (hide_code), and
-    sentences with one half of a pair of quotes or brackets. Lines are never joined; one that is left empty goes.
+    Not looked at are short sentences, items, rows of tables, code (hide_code), sentences with one half of a pair of
+    quotes or brackets, and short lines, as verse has refrains; but no verse repeats more than half of itself. Lines are
+    never joined; one that is left empty goes.
     """
     ends = [match.end() for match in SENTENCE_END.finditer(text)] + [len(text)]
     sentences = [text[start:end].strip() for start, end in zip([0, *ends], ends)]
     sentences = [sentence for sentence in sentences if len(sentence) >= SHORT_SENTENCE]
     if len(set(sentences)) == len(sentences):
         return text
-    seen, lines = set(), []
-    for line in text.split("\n"):
+    lines = text.split("\n")
+    shortest = SHORT_LINE if 2 * sum(map(len, set(lines))) >= sum(map(len, lines)) else SHORT_SENTENCE
+    seen, kept = set(), []
+    for line in lines:
         left = line
-        if len(line) > SHORT_LINE and not ITEM.match(line):
+        if len(line) >= shortest and not ITEM.match(line):
             left = without_seen_sentences(line, seen)
         if left.strip() or not line.strip():
-            lines.append(left)
-    return "\n".join(lines)
+            kept.append(left)
+    return "\n".join(kept)
 
 
 def without_seen_sentences(line, seen):

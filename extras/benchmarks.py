@@ -93,18 +93,18 @@ def read_csv(path, has_header):
         raise ValueError(f"{path} is not a csv file in UTF-8 ({error}): download it again") from None
     wanted = ["question", *LETTERS.lower(), "answer"]
     columns = [name.strip().lower() for name in rows[0]] if has_header and rows else wanted
-    if missing := [name for name in wanted if name not in columns]:
-        hint = "(a split without answers? choose another with --split)"
-        raise ValueError(f"{path}, row 1: no column {', '.join(missing)} {hint}")
+    if missing := ", ".join(name for name in wanted if name not in columns):
+        raise ValueError(f"{path}, row 1: no column {missing} (a split without answers? choose another with --split)")
     questions = []
     for number, row in enumerate(rows, 1):
-        if not row or has_header and number == 1:
+        if not any(row) or has_header and number == 1:  # spreadsheets leave empty rows, and cells at the ends of others
             continue
+        if not any(row[len(columns) :]):
+            row = row[: len(columns)]
         if len(row) != len(columns):
             raise ValueError(f"{path}, row {number}: {len(row)} columns, expected {len(columns)}")
         text, *options, answer = (row[columns.index(name)] for name in wanted)
-        answer = answer.strip()
-        if answer not in tuple(LETTERS):
+        if (answer := answer.strip()) not in tuple(LETTERS):
             raise ValueError(f"{path}, row {number}: the answer is {answer!r}, expected one of A, B, C, D")
         questions.append(Question(number, text, tuple(options), answer, options[LETTERS.index(answer)]))
     return questions
@@ -115,15 +115,14 @@ def read_gsm8k(path):
     questions, number = [], 1
     try:
         with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in ((n, line) for n, line in enumerate(file, 1) if line.strip()):
                 row = json.loads(line)
                 answer = last_number(row["answer"].rpartition("####")[2])
                 if answer is None:
                     raise ValueError
                 questions.append(Question(number, str(row["question"]), (), answer, row["answer"]))
     except FileNotFoundError:
-        wanted = "GSM8K's test.jsonl, and train.jsonl unless --shots 0"
-        raise ValueError(f"{path}: no such file: expected {wanted}") from None
+        raise ValueError(f"{path}: expected GSM8K's test.jsonl, and train.jsonl unless --shots 0") from None
     except (OSError, ValueError, AttributeError, TypeError, KeyError):
         wanted = '{"question": ..., "answer": "... #### N"}'
         raise ValueError(f"{path}, line {number}: expected {wanted}") from None
@@ -162,12 +161,13 @@ def read_subjects(task, folder, split, shots):
         names, read = {"gsm8k": ("", [])}, read_gsm8k
     else:
         files = {}
-        for path in sorted((folder / split).glob("*.csv")):
+        for path in sorted((folder / split).glob("[!.]*.csv")):  # macOS leaves a ._NAME.csv beside each
             subject = path.stem.removesuffix(f"_{split}")
             files[subject] = (path, folder / "dev" / path.name.replace(f"_{split}.csv", "_dev.csv"))
         if not files:
-            wanted = f"the folders dev and {split} of {task} as published"
-            raise ValueError(f"{folder / split}: no .csv files: expected {wanted}")
+            raise ValueError(
+                f"{folder / split}: no .csv files: expected folders dev and {split} of {task} as published"
+            )
         names = subject_names(task, folder, files)
         read = functools.partial(read_csv, has_header=task != "mmlu")
     subjects = {}

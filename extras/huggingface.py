@@ -102,6 +102,19 @@ class ConfigFields:
             self.refuse(f"rope_parameters has another {', '.join(conflicts)}")
         self.values |= rope
 
+    def drop_default_rope_scaling(self):
+        """{"rope_type": "default"}, "type" in older files, is another way to write null."""
+        if self.values.get("rope_scaling") in ({"rope_type": "default"}, {"type": "default"}):
+            del self.values["rope_scaling"]
+
+    def refuse_quantised(self):
+        """Refuse a folder whose weights are not numbers but codes of numbers."""
+        how = self.values.get("quantization_config")
+        if how is not None:
+            kind = how.get("quant_method", "") if isinstance(how, dict) else ""
+            fix = "use the folder of the model that it was made from"
+            self.refuse(f"the weights are quantised (quantization_config, {kind or 'of an unknown kind'}): {fix}")
+
     def require_nothing_left(self):
         if unknown := sorted(self.values.keys() - IGNORED):
             names = ", ".join(unknown)
@@ -115,6 +128,7 @@ def read_config(path):
     """
     content = read_json(path)
     given = ConfigFields(path, content)
+    given.refuse_quantised()
     shared_width = 0
     # Steel-LLM's training code left the architecture's name of the model it started from
     kind = STEEL if "FFN_type" in content else (given.take("architectures", list, []) or [None])[0]
@@ -141,6 +155,7 @@ def read_config(path):
 def trunk_values(given):
     """Fields of Config for everything but the feed-forward layers, which is Qwen2 in all three architectures."""
     given.merge_rope_parameters()
+    given.drop_default_rope_scaling()
     types = {field.name: field.type for field in fields(Config)}
     defaults = {"num_key_value_heads": given.values.get("num_attention_heads")}
     values = {ours: given.take(theirs, types[ours], defaults.get(theirs)) for theirs, ours in FIELDS.items()}
@@ -290,6 +305,10 @@ def load_folder(folder):
     folder = Path(folder)
     config, shared_width, content = read_config(folder / "config.json")
     tensors = read_tensors(folder)
+    if config.tie_embeddings and "lm_head.weight" in tensors:  # some programs write it all the same
+        if not torch.equal(tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")):
+            problem = "lm_head.weight is not the embedding, although tie_word_embeddings is true"
+            raise ValueError(f"{folder}: {problem}: set it to false in config.json if the head is its own")
     shared = shared_expert_shapes(config, shared_width)
     try:
         with torch.device("meta"):  # names and shapes, before any memory is allocated
@@ -308,8 +327,13 @@ def load_folder(folder):
 
 
 def read_tensors(folder):
-    """All tensors of a folder: of the files that model.safetensors.index.json names, or else of every *.safetensors."""
+    """All tensors of a folder: of model.safetensors, else of the files that the index names, else of *.safetensors.
+
+    That is what transformers reads, where an index lies beside a whole file.
+    """
     index_path = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        return read_safetensors(folder / "model.safetensors")
     index = read_index(index_path) if index_path.exists() else None
     files = {path.name for path in folder.glob("*.safetensors")} if index is None else set(index.values())
     if not files:

@@ -55,7 +55,8 @@ def read_json(path):
 
 def read_safetensors(path):
     """A file -> {name: tensor}, memory-mapped, so that unused tensors are not read. ValueError for a damaged file."""
-    with naming(path, f"a whole safetensors file of {', '.join(DTYPES)}"):
+    expected = f"a whole safetensors file of {', '.join(DTYPES)}"
+    with naming(path, expected):
         content = np.memmap(path, np.uint8, mode="c")  # copy-on-write, since torch has no read-only tensors
         start = 8 + int.from_bytes(content[:8].tobytes(), "little")
         if start > len(content):
@@ -63,6 +64,12 @@ def read_safetensors(path):
         header = parse_object(content[8:start].tobytes())
         data = content[start:]
         header.pop("__metadata__", None)
+    for name, entry in header.items():
+        dtype = entry.get("dtype") if isinstance(entry, dict) else None
+        if "weight" in name and str(dtype).startswith(("I", "U", "F8", "F6", "F4")):
+            fix = "use the folder of the model that they were made from"
+            raise ValueError(f"{path}: {name} has dtype {dtype}, so these are quantised weights: {fix}")
+    with naming(path, expected):
         return {
             name: torch.from_numpy(data[begin:end]).view(DTYPES[dtype]).view(shape)
             for begin, end, name, dtype, shape in checked_entries(header, len(data))

@@ -1,10 +1,11 @@
 """Our tokenizers as files for transformers.
 
-    files = transformers_files(tokenizer)     # {"tokenizer.json": text, "tokenizer_config.json": text}
+    files = transformers_files(tokenizer)     # {"tokenizer.json": text, "tokenizer_config.json": text, ...}
 
-AutoTokenizer.from_pretrained loads them. It gives the ids of encode and encode_chat (apply_chat_template), and for
-these ids the text of decode. Two differences remain: there, markers in a text become special ids unless
-split_special_tokens=True, and sentencepiece ids that stop in the middle of a character decode to one U+FFFD per byte.
+AutoTokenizer.from_pretrained loads them, with trust_remote_code and without. It gives the ids of encode and of
+encode_chat (apply_chat_template), and for these ids the text of decode. Two differences remain: there, markers in a
+text become special ids unless split_special_tokens=True, and sentencepiece ids that stop in the middle of a character
+decode to one U+FFFD per byte.
 """
 
 import json
@@ -23,20 +24,34 @@ CHAT_TEMPLATE = (
     f"{CHAT_START}assistant\n"
     "{% endif %}"
 )
-# The constant parts of the files. Without auto_map transformers ignores tokenizer_class for Qwen2 models.
+# The constant parts of the files
 TOKENIZER_JSON = """{
 "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
 "normalizer": null, "pre_tokenizer": null, "post_processor": null, "decoder": null,
 "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": "", "end_of_word_suffix": "",
 "fuse_unk": false, "byte_fallback": false, "ignore_merges": false}}"""
 TOKENIZER_CONFIG_JSON = """{
-"tokenizer_class": "PreTrainedTokenizerFast", "auto_map": {"AutoTokenizer": [null, "TokenizersBackend"]},
-"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "clean_up_tokenization_spaces": false}"""
+"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "clean_up_tokenization_spaces": false,
+"model_input_names": ["input_ids", "attention_mask"]}"""
+# For a Qwen2 model transformers 5 takes Qwen's own pre-tokenizer, whatever tokenizer.json says, unless auto_map names
+# another class. It then does without that class, or with trust_remote_code imports it, so the class must be there.
+OWN_CLASS = """from transformers import PreTrainedTokenizerFast
+
+
+class NanoSteelTokenizer(PreTrainedTokenizerFast):
+    # tokenizer.json as it is
+    pass
+"""
+OWN_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "auto_map": {"AutoTokenizer": [None, "tokenization_nanosteel.NanoSteelTokenizer"]},
+}
 
 
 def transformers_files(tokenizer):
     """A tokenizer of tokenizer.py -> {file name: text} for a folder that AutoTokenizer can load."""
-    parts_of = qwen_parts if isinstance(tokenizer, Qwen) else sentencepiece_parts
+    is_qwen = isinstance(tokenizer, Qwen)
+    parts_of = qwen_parts if is_qwen else sentencepiece_parts
     normalizer, pre_tokenizer, decoder, vocab, mergeable = parts_of(tokenizer)
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     specials = sorted(zip((tokenizer.eos_id, tokenizer.chat_start_id, tokenizer.chat_end_id), SPECIALS))
@@ -45,8 +60,10 @@ def transformers_files(tokenizer):
     content |= {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "decoder": decoder}
     content["model"] |= {"byte_fallback": "<0x00>" in vocab, "vocab": vocab, "merges": merges_of(mergeable)}
     config = json.loads(TOKENIZER_CONFIG_JSON) | {"chat_template": CHAT_TEMPLATE}
+    config |= {"tokenizer_class": "Qwen2Tokenizer"} if is_qwen else OWN_CONFIG
     contents = {"tokenizer.json": content, "tokenizer_config.json": config}
-    return {name: json.dumps(content, ensure_ascii=False) for name, content in contents.items()}
+    files = {name: json.dumps(content, ensure_ascii=False) for name, content in contents.items()}
+    return files if is_qwen else files | {"tokenization_nanosteel.py": OWN_CLASS}
 
 
 def sentencepiece_parts(tokenizer):

@@ -271,7 +271,7 @@ def test_an_export_has_the_same_text_tokenizer_and_scores_in_transformers(change
     assert theirs.generation_config.eos_token_id == [tokenizer.eos_id, tokenizer.chat_end_id]
     assert theirs.generation_config.suppress_tokens == list(range(n_ids, n_ids + 5))
     assert their_tokenizer("却说曹操 a").input_ids == tokenizer.encode("却说曹操 a")
-    prompt = their_tokenizer("却说", return_tensors="pt", return_token_type_ids=False)
+    prompt = their_tokenizer("却说", return_tensors="pt")
     ids = theirs.generate(**prompt, do_sample=False, max_new_tokens=10)[0]
     flags = ("--prompt", "却说", "--temperature", 0, "--max-new-tokens", 10)
     said = call("sample.py", exported, *flags).stdout
@@ -279,7 +279,7 @@ def test_an_export_has_the_same_text_tokenizer_and_scores_in_transformers(change
 
     (tmp_path / "text.txt").write_bytes("却说\r\n".encode())
     scored = call("eval.py", exported, "--text", tmp_path / "text.txt").stdout.splitlines()[1].split()
-    assert scored[0] == str(exported) and int(scored[4]) == len(tokenizer.encode("却说\r\n"))
+    assert scored[0] == str(exported) and int(scored[4]) == len(tokenizer.encode("却说\n"))
     assert call("eval.py", exported, "--data", small_data).stdout.count("\n") == 2
 
 
@@ -368,10 +368,13 @@ WRONG_CONFIG = [  # a change to the config.json of a Qwen2-MoE; words of the lin
     ({"num_experts_per_tok": 2}, "num_experts_per_tok = 2, expected 3"),
     ({"mlp_only_layers": [0]}, "mlp_only_layers = [0]"),
     ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
+    ({"partial_rotary_factor": 0.5, "new_thing": 1}, "unknown new_thing, partial_rotary_factor"),
     (
-        {"quantization_config": {"bits": 4}, "partial_rotary_factor": 0.5},
-        "unknown partial_rotary_factor, quantization_config",
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        "quantised (quantization_config, gptq): use the folder",
     ),
+    ({"quantization_config": {"bits": 4}}, "quantised (quantization_config, of an unknown kind)"),
+    ({"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "rope_scaling"),
     (
         {"num_experts": 4, "num_experts_per_tok": 4},
         "model.layers.0.mlp.experts.3.gate_proj.weight is missing",
@@ -411,6 +414,52 @@ def test_tensors_of_another_model_are_refused_by_name(changes, words, moe_folder
     change_tensors(folder, changes)
     line = refusal_of(folder)
     assert line.startswith(str(folder)) and words in line
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float8_e4m3fn])
+def test_quantised_weights_are_named_though_their_config_is_silent(dtype, moe_folder, tmp_path):
+    folder = shutil.copytree(moe_folder, tmp_path / "moe")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    change_tensors(folder, {name: torch.zeros(24, 24).to(dtype)})
+    line = refusal_of(folder)
+    assert f"{name} has dtype" in line and "quantised weights: use the folder of the model" in line
+    assert "download" not in line
+
+
+@pytest.mark.quick
+def test_an_adapter_is_refused_by_name(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"is an adapter \(LoRA\), not a model: merge it"):
+        load(tmp_path)
+
+
+def test_a_head_beside_tied_embeddings_is_read_if_it_is_the_embedding(tmp_path):
+    model = qwen2(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    embedding = model.model.embed_tokens.weight.detach().clone()
+    change_tensors(tmp_path, {"lm_head.weight": embedding})
+    for rope in (None, {"rope_type": "default"}, {"type": "default"}):
+        change_json(tmp_path / "config.json", rope_scaling=rope)
+        ours_now = load_folder(tmp_path)[0]
+        assert ours_now.config.tie_embeddings and torch.equal(ours_now.embedding, embedding)
+    change_tensors(tmp_path, {"lm_head.weight": embedding + 1})
+    assert "lm_head.weight is not the embedding, although tie_word_embeddings is true" in refusal_of(tmp_path)
+
+
+def test_a_whole_file_beside_an_index_is_what_transformers_reads(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = qwen2()
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(0.5)  # fine-tuned, and saved as one file by another program
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).model.embed_tokens.weight
+    assert torch.equal(load_folder(tmp_path)[0].embedding, theirs) and (theirs == 0.5).all()
 
 
 def test_our_own_config_with_a_field_too_many_is_refused(tmp_path):

@@ -90,6 +90,11 @@ MAPPED = [
     ("remove_repeat_sentences", f"{PARAGRAPH}甲。\n{PARAGRAPH}乙。\n丙", f"{PARAGRAPH}甲。\n乙。\n丙"),
     (
         "remove_repeat_sentences",
+        (REFRAIN + "晚风拂柳笛声残，夕阳山外山。\n") * 3,
+        REFRAIN + "晚风拂柳笛声残，夕阳山外山。\n",
+    ),
+    (
+        "remove_repeat_sentences",
         "The first sentence is this one. The second sentence is that one. The first sentence is this one. Good.",
         "The first sentence is this one. The second sentence is that one. Good.",
     ),

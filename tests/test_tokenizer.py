@@ -257,14 +257,17 @@ def test_a_conversation_in_ids_reads_as_chatml(small):
         assert b"".join(marker_of.get(i, small.token_bytes[i]) for i in ids).decode("utf-8") == text
 
 
+@pytest.mark.parametrize("trust", [None, True])
 @pytest.mark.parametrize("name", ["sentencepiece", "qwen"])
-def test_transformers_gives_the_same_from_the_files_written_for_it(name, request, tmp_path, pytestconfig):
+def test_transformers_gives_the_same_from_the_files_written_for_it(name, trust, request, tmp_path, pytestconfig):
     from transformers import AutoTokenizer
 
     ours, rng = request.getfixturevalue(name), random.Random(2)
     for file, content in transformers_files(ours).items():
         (tmp_path / file).write_text(content, encoding="utf-8")
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')  # as an exported dense model has
+    theirs = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=trust)
+    assert list(theirs("却说")) == ["input_ids", "attention_mask"]  # what generate() takes
     n = pytestconfig.getoption("strings")
 
     def random_token():
