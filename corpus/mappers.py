@@ -371,8 +371,9 @@ def remove_repeat_sentences(text):
     seen, kept = set(), []
     for line in lines:
         left = line
-        if len(line) >= shortest and not ITEM.match(line):
-            left = without_seen_sentences(line, seen)
+        if len(line) >= shortest and not ITEM.match(line) and "\ufdd0" not in line:
+            left = "" if line in seen else without_seen_sentences(line, seen)
+            seen.add(line)
         if left.strip() or not line.strip():
             kept.append(left)
     return "\n".join(kept)
@@ -385,7 +386,7 @@ def without_seen_sentences(line, seen):
     for start, end in zip([0, *ends], ends):
         sentence = line[start:end]
         key = sentence.strip()
-        if len(key) < SHORT_SENTENCE or key not in seen or "\ufdd0" in key or not is_balanced(key):
+        if len(key) < SHORT_SENTENCE or key not in seen or not is_balanced(key):
             kept.append(sentence)
             seen.add(key)
     return "".join(kept)

@@ -51,7 +51,7 @@ def prose(min_average_line):
 
 
 PIPELINES = {
-    "zh": prose(min_average_line=3),
+    "zh": prose(min_average_line=2.5),
     "en": prose(min_average_line=6),
     "code": Pipeline(
         mappers=[mappers.clean_copyright, mappers.clean_email],

@@ -195,7 +195,7 @@ def test_what_spreadsheets_and_macos_leave_in_a_folder_is_passed_over(tmp_path):
     assert read_subjects("cmmlu", folder, "test", 2) == expected
     line = '{"question": "?", "answer": "#### 1"}\n'
     (tmp_path / "test.jsonl").write_text(line + "\n" + line + " \n\n", encoding="utf-8")
-    assert [question.number for question in read_subjects("gsm8k", tmp_path, "test", 0)["gsm8k"].questions] == [1, 3]
+    assert [question.row for question in read_subjects("gsm8k", tmp_path, "test", 0)["gsm8k"].questions] == [1, 3]
 
 
 def test_damaged_folders_are_refused_in_one_line(tmp_path):
