@@ -25,6 +25,8 @@ def print_dropped(results, show):
 
 def keep_changed(examples, name, before, after, show):
     """Keep the `show` changes under a name that make a text shorter by most: [characters less, before, after]."""
+    if len(before) <= len(after):
+        return
     changes = examples.setdefault(name, [])
     changes.append([len(before) - len(after), before, after])
     if len(changes) > show:

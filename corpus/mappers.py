@@ -138,17 +138,21 @@ def punctuation_normalization(text):
     return text.translate(PUNCTUATION)
 
 
-DECORATIONS = any_of("◆●■►▼▲▴∆▻▷❖♡")
+DECORATION = "[◆●■►▼▲▴∆▻▷❖♡]"
+DECORATED = re.compile(rf"^[ \t]*+{DECORATION}++[ \t]*+|(?<!{DECORATION}){DECORATION}++$", re.MULTILINE)
 
 
 def remove_specific_chars(text):
-    """Remove bullets and other decoration. □ stays: it stands for a character that cannot be read, or for a blank."""
-    return DECORATIONS.sub("", text)
+    """Remove bullets and other decoration at the ends of lines.
+
+    Within a line they may separate what belongs apart. □ stays: it stands for a lost character, or for a blank.
+    """
+    return DECORATED.sub("", text)
 
 
 def remove_chars_and_bars(text):
-    """As Steel-LLM does it: □ and "|" are removed too, and with "|" every table."""
-    return remove_specific_chars(text).replace("|", "").replace("□", "")
+    """As Steel-LLM does it: anywhere, and □ and "|" too, and with "|" every table."""
+    return re.sub("[◆●■►▼▲▴∆▻▷❖♡□|]", "", text)
 
 
 SPACES = code_points("0009 0020 0084 00A0 2000-200D 202F 205F 2060 3000 FFFC")
@@ -205,7 +209,7 @@ MARKS = "\ufdd0-\ufde0"
 def link_pattern(stop, host):
     """A pattern for scheme://, www. or name.tld/ and what follows, up to white space or `stop`, brackets balanced."""
     body = rf"(?:[^\s()<>{stop}]++|\([^\s()<>{stop}]*+(?:\([^\s()<>{stop}]*+\)[^\s()<>{stop}]*+)*+\))++"
-    start = r"(?<![a-z0-9])(?:[a-z][a-z0-9+]{0,15}://|www[0-9]{0,3}\.)|(?<![a-z0-9.\-])[a-z0-9.\-]+\.[a-z]{2,4}/"
+    start = r"(?<![a-z0-9])(?:[a-z][a-z0-9+]{0,15}://(?!localhost|127\.|0\.0\.0\.0)|www[0-9]{0,3}\.)|(?<![a-z0-9.\-])[a-z0-9.\-]+\.[a-z]{2,4}/"
     return re.compile(f"(?P<start>{start})(?:{host}(?:{body})?|{body})", re.IGNORECASE)
 
 
@@ -217,7 +221,10 @@ LINK_IN_CHINESE = link_pattern(CHINESE + MARKS, CHINESE_HOST)
 
 
 def clean_links(text, pattern=LINK_IN_CHINESE):
-    """Remove web addresses, but not the punctuation after them. An address ends where Chinese text begins."""
+    """Remove web addresses, but not the punctuation after them. An address ends where Chinese text begins.
+
+    One of this machine (localhost) stays: it is part of an explanation.
+    """
 
     def punctuation_after(match):
         link = match.group().rstrip("!([]{};:'\".,<>?«»“”‘’`")

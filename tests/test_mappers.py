@@ -36,7 +36,12 @@ MAPPED = [
     ("clean_ip", "1:22:33:44:55:66:77:88:99", "1:22:33:44:55:66:77:88:99"),
     ("clean_links", "请看http://a.cn/b(c)d。很好", "请看。很好"),  # right after Chinese, and no further than Chinese
     ("clean_links", "请看http://a.cn很好。", "请看很好。"),
-    ("clean_links", "请看http://localhost:80/x很好。", "请看很好。"),
+    (
+        "clean_links",
+        "打开http://localhost:80/x和http://127.0.0.1:5000。",
+        "打开http://localhost:80/x和http://127.0.0.1:5000。",
+    ),
+    ("clean_links", "请看http://intranet:80/x很好。", "请看很好。"),
     ("clean_links", "地址是 http://www.测试.com/a/b.html 请查看。", "地址是  请查看。"),
     ("clean_links", "地址是http://测试.中国/首页，请查看。", "地址是首页，请查看。"),
     ("clean_links", "见www.测试.com。", "见。"),
@@ -98,7 +103,7 @@ MAPPED = [
         "The first sentence is this one. The second sentence is that one. The first sentence is this one. Good.",
         "The first sentence is this one. The second sentence is that one. Good.",
     ),
-    ("remove_specific_chars", "◆一|二●", "一|二"),
+    ("remove_specific_chars", "◆一|二●\n ● 三●四\n▲▲", "一|二\n三●四\n"),
     ("remove_specific_chars", "碑文云：大唐贞观□年，□公讳某", "碑文云：大唐贞观□年，□公讳某"),
     ("remove_chars_and_bars", "◆一|二●□", "一二"),
     ("clean_all_links", "请看http://a.cn/b很好 了", "请看 了"),
