@@ -108,18 +108,17 @@ def outcomes_of(new, known, surprising, near):
     """
     hashes = np.concatenate([known, new])
     outcomes = np.zeros(len(hashes), dtype=np.uint8)
-    originals = np.full(len(hashes), -1)
     outcomes[len(known) :][surprising] = PERPLEXITY
     left = np.flatnonzero(outcomes == TRAIN)
     order = left[np.lexsort((hashes[left, 1], hashes[left, 0]))]  # stable: equal documents stay in order
     is_copy = (hashes[order[1:], :2] == hashes[order[:-1], :2]).all(1)
     outcomes[order[1:][is_copy]] = DUPLICATE
-    if near:
-        left = np.flatnonzero(outcomes == TRAIN)
-        first = near_copies(hashes[left, 2:])
-        is_copy = first != np.arange(len(left))
-        outcomes[left[is_copy]] = NEAR_DUPLICATE
-        originals[left[is_copy]] = left[first[is_copy]]
+    left = np.flatnonzero(outcomes == TRAIN)
+    first = near_copies(hashes[left, 2:]) if near else np.arange(len(left))
+    is_copy = np.flatnonzero(first != np.arange(len(left)))
+    outcomes[left[is_copy]] = NEAR_DUPLICATE
+    originals = np.full(len(hashes), -1)
+    originals[left[is_copy]] = left[first[is_copy]]
     outcomes = outcomes[len(known) :]
     outcomes[(outcomes == TRAIN) & (new[:, 0] % VAL_EVERY == 0)] = VAL
     return outcomes, originals[len(known) :]

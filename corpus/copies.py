@@ -108,10 +108,13 @@ def near_copies(prints):
     them, thousands of files under one licence would hang together by a few chance pairs. 10 million random prints take
     2 GB.
     """
-    _, first, back = np.unique(prints[:, 0] ^ mixed(prints[:, 1]), return_index=True, return_inverse=True)
+    both = mixed(prints[:, 1])
+    both ^= prints[:, 0]
+    first, back = np.unique(both, return_index=True, return_inverse=True)[1:]
+    del both
     order = np.argsort(first)  # distinct prints in the order of their first appearance
     first, place = first[order], np.argsort(order)
-    values, others = prints[first, 0], prints[first, 1]
+    values = prints[first, 0]
     root = np.arange(len(values))
     edges = np.linspace(0, 64, MAX_DISTANCE + 3).astype(int)
     bands = []
@@ -132,7 +135,8 @@ def near_copies(prints):
             distance = np.bitwise_count(values[a] ^ values[b])
             near = distance <= MAX_DISTANCE
             a, b, distance = a[near], b[near], distance[near]
-            near = distance + np.bitwise_count(others[a] ^ others[b]) <= MAX_DISTANCE_OF_BOTH
+            distance += np.bitwise_count(prints[first[a], 1] ^ prints[first[b], 1])
+            near = distance <= MAX_DISTANCE_OF_BOTH
             join_groups(root, a[near], b[near])
     while (root != root[root]).any():
         root = root[root]
