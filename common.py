@@ -209,7 +209,7 @@ def print_whatever_happens():
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         buffer = io.BufferedWriter(Tolerant(stream.fileno()))
-        setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "replace", line_buffering=name == "stderr"))
+        setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "replace", line_buffering=stream.line_buffering))
 
 
 def replace_what_cannot_be_printed():

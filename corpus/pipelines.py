@@ -154,8 +154,11 @@ def clean(document, pipeline="auto", judge_chats=False, watch=None):
 
 
 def sides(chat):
-    """What the user says, and what the assistant says, one string each."""
-    return ["\n".join(x["content"] for x in chat.content if x["role"] == role) for role in ("user", "assistant")]
+    """What the user says, and what the assistant says, one string each; of a chat without questions only the latter."""
+    said = {"user": [], "assistant": [], "system": []}
+    for message in chat.content:
+        said[message["role"]].append(message["content"])
+    return ["\n".join(said[role]) for role in ("user", "assistant") if said[role]]
 
 
 def apply_mappers(text, pipeline, watch=None):

@@ -201,6 +201,7 @@ STARS = {"max_stars_repo_name", "max_stars_repo_path", "max_stars_count"}
 ROW_READERS = [
     ({"q_main"}, {*OPTIONS, "std_ans", "answer_detail"}, wanjuan_exam),
     ({"title", "sections"}, {"summary"}, baike),
+    ({"question", "answer"}, OF_CHATS, exchange("question", "answer", "qa")),
     ({"title", "answer"}, {"desc", *OF_CHATS}, baidu_qa),
     ({"INSTRUCTION", "RESPONSE"}, {"METADATA"}, zhihu),
     ({"instruction", "output"}, {"input", *OF_CHATS}, exchange("instruction", "output", "instruction", "input")),
@@ -213,7 +214,6 @@ ROW_READERS = [
     ({"messages"}, OF_CHATS, turns_in("messages", "messages")),
     ({"conversations"}, OF_CHATS, turns_in("conversations", "conversations")),
     ({"conversation"}, OF_CHATS, turns_in("conversation", "moss")),
-    ({"question", "answer"}, OF_CHATS, exchange("question", "answer", "qa")),
     ({"query", "response"}, OF_CHATS, exchange("query", "response", "qa")),
     ({"prompt", "response"}, OF_CHATS, exchange("prompt", "response", "qa")),
     ({"prompt", "completion"}, OF_CHATS, exchange("prompt", "completion", "qa")),

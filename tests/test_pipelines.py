@@ -59,6 +59,7 @@ KEPT = {
     "a chat with code": exchange("写一个函数", f"```python\n{FUNCTION}```"),
     "a chat with a table": exchange("列个表", "| 甲 | 1 |\n|---|---|\n| 乙 | 2 |"),
     "a chat of signs": exchange("1+1=?", "=2"),
+    "a chat without a question": chat(("system", "写诗。"), ("assistant", "床前明月光，疑是地上霜。")),
     "a program": Document(
         "#include <stdio.h>\nint main() {\n    char* word = map[key:value];\n    return 0;\n}", "code"
     ),

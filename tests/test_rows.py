@@ -164,6 +164,7 @@ CHATS = {  # each is the question 问 and its answer 答
     "conversation": {"conversation": messages("问", "答")},
     "sides": {"conversation": [{"human": "问", "assistant": "答"}]},
     "question and answer": {"question": "问", "answer": "答", "id": 3},
+    "question and answer with a title": {"title": "题", "question": "问", "answer": "答"},
     "query and response": {"query": "问", "response": "答"},
     "prompt and response": {"prompt": "问", "response": "答"},
     "prompt and completion": {"prompt": "问", "completion": "答"},
