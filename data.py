@@ -10,7 +10,8 @@ data/NAME/ holds a tokenizer, manifest.json, and for each shard
     SHARD.mask.npy      of chats: 1 where a token counts in the loss
     SHARD.hashes.npy    [documents, 4]: of each 128 bits of a hash of the content, and its fingerprint, to find copies
 
-A sample is a row of block_size + 1 ids of one shard: inputs and targets, shifted by one.
+A sample is a row of block_size + 1 ids of one shard: inputs and targets, shifted by one. Text is cut into them;
+conversations can be packed into them whole (packing.py).
 """
 
 import concurrent.futures
@@ -27,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from common import sha256_of, write_atomically
+from packing import pack_shard
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing
@@ -115,9 +117,12 @@ class TokenData:
 
     len(data)    number of samples: each shard is cut every block_size tokens; the rest at its end is not used
     data[i]      sample i: block_size + 1 ids, int64. Neighbours overlap by one id, so that each id is a target once
+
+    With pack, a sample of a chat is whole conversations after an end-of-document token, and filled up with more of
+    these, which do not count.
     """
 
-    def __init__(self, path, split="train", block_size=128):
+    def __init__(self, path, split="train", block_size=128, pack=False):
         """Raises ValueError for anything missing, of the wrong size or type, or too small."""
         self.path, self.block_size = Path(path), block_size
         self.manifest = read_manifest(self.path)
@@ -126,8 +131,10 @@ class TokenData:
         for k, shard in enumerate(self.shards):
             for kind in DTYPES.keys() & shard["sha256"].keys():
                 self.open(k, kind)
-        # first[k] is the number of shard k's first sample
-        self.first = np.cumsum([0] + [(shard["tokens"] - 1) // block_size for shard in self.shards])
+        self.rows = {k: self._pack(k) for k, shard in enumerate(self.shards) if pack and "mask" in shard["sha256"]}
+        blocks = [(shard["tokens"] - 1) // block_size for shard in self.shards]
+        sizes = [len(self.rows[k]) if k in self.rows else n for k, n in enumerate(blocks)]
+        self.first = np.cumsum([0, *sizes])  # first[k] is the number of shard k's first sample
         if len(self) == 0:
             longest = max((shard["tokens"] for shard in self.shards), default=0)
             raise ValueError(
@@ -145,6 +152,10 @@ class TokenData:
         if array is None or array.shape != (self.shards[k]["tokens"],) or array.dtype not in DTYPES[kind]:
             self._refuse(path)
         return array
+
+    def _pack(self, k):
+        ends = np.load(shard_path(self.path, self.shards[k]["name"], "ends"), allow_pickle=False)
+        return pack_shard(self.open(k, "tokens"), self.open(k, "mask"), ends, self.block_size)
 
     def _refuse(self, path):
         raise ValueError(f"{path} is missing or damaged: delete {self.path} and run prepare.py again")
@@ -170,13 +181,13 @@ class TokenData:
         return int(self.first[-1])
 
     def __getitem__(self, i):
-        k, where = self._locate(i)
-        return self.open(k, "tokens")[where].astype(np.int64)
+        k, i = self._locate(i)
+        return self._ids(k, i, "tokens", fill=int(self.open(k, "tokens")[-1])).astype(np.int64)
 
     def counted(self, i):
         """Which targets of sample i count in the loss, [block_size] of 0 and 1; None: all of them."""
-        k, where = self._locate(i)
-        return self.open(k, "mask")[where][1:] if "mask" in self.shards[k]["sha256"] else None
+        k, i = self._locate(i)
+        return self._ids(k, i, "mask", fill=0)[1:] if "mask" in self.shards[k]["sha256"] else None
 
     def shard_hashes(self):
         """[name, sha256 of its files] of each shard, in the order in which samples are numbered."""
@@ -187,13 +198,32 @@ class TokenData:
         in_chats = sum(shard["tokens"] for shard in self.shards if "mask" in shard["sha256"])
         return 2 * in_chats > sum(shard["tokens"] for shard in self.shards)
 
+    def packed(self):
+        """What packing came to, in words; "" where nothing is packed."""
+        rows = self.rows.values()
+        n, conversations = sum(map(len, rows)), sum(r.conversations for r in rows)
+        cut, left_out = sum(r.cut for r in rows), sum(r.left_out for r in rows)
+        share = sum(r.tokens for r in rows) / max(n * self.block_size, 1)
+        lost = f"{cut:,} lost their oldest turns, {left_out:,} are too long and left out"
+        packed = f"packed: {conversations:,} conversations in {n:,} samples, {share:.1%} of them text; {lost}"
+        return packed if n else ""
+
     def _locate(self, i):
-        """The shard of sample i, and its slice there."""
+        """The shard of sample i, and its number there."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
         k = int(np.searchsorted(self.first, i, side="right")) - 1
-        start = (i - int(self.first[k])) * self.block_size
-        return k, slice(start, start + self.block_size + 1)
+        return k, i - int(self.first[k])
+
+    def _ids(self, k, i, kind, fill):
+        """Sample i of shard k, of an array of a kind."""
+        array = self.open(k, kind)
+        if k not in self.rows:
+            return array[i * self.block_size : (i + 1) * self.block_size + 1]
+        row = np.full(self.block_size + 1, fill, dtype=array.dtype)
+        parts = np.concatenate([array[start:stop] for start, stop in self.rows[k][i]])
+        row[1 : 1 + len(parts)] = parts  # after an end of document, as every other conversation begins
+        return row
 
 
 def inputs_and_targets(samples, i):

@@ -205,7 +205,8 @@ def samples_of(args, tokenizer, info, T):
     """What to score: --text, --data, or the held-out split of the data the checkpoint was trained on."""
     if args.text:
         return text_samples(args.text, tokenizer, T)
-    samples = TokenData(args.data or data_of(info), "val", T)
+    pack = info.state.get("args", {}).get("pack", False)
+    samples = TokenData(args.data or data_of(info), "val", T, pack)
     if load_tokenizer(samples.path).content != tokenizer.content:
         problem = f"{samples.path} was prepared with another tokenizer than {info.path}"
         raise ValueError(f"{problem}: score its text with --text")

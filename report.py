@@ -25,6 +25,8 @@ def describe_run(args, model, data, n_micro, machine, ranks):
     ranks.say(f"a step: {args.batch_tokens:,} tokens = {product}")
     steps = len(data) / (n_micro * B * ranks.world)
     ranks.say(f"an epoch: {len(data):,} samples = {len(data) * T:,} tokens = {steps:.1f} steps")
+    if packed := data.packed():
+        ranks.say(packed)
     if config.reads_ahead:
         ranks.say('warning: dispatch = "sequence" reads the tokens that it is to predict: its losses mean nothing')
     if machine["compile"]:

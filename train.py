@@ -96,6 +96,7 @@ def get_args(argv=None, **defaults):
     add("--dry-run", action="store_true", help="print what the model needs on how many GPUs, and end")
     # Model
     add("--reset-at-eos", action=switch, default=False, help="no reading back over an end of document")
+    add("--pack", action=switch, default=False, help="whole conversations in each sample; sets --reset-at-eos")
     add("--preset", choices=PRESETS, help="the model, demo by default; each of its fields has a flag of its own")
     for field in fields(Config):
         if field.name not in ("vocab_size", "reset_id"):  # they follow from the data's tokenizer
@@ -156,9 +157,9 @@ def open_run(args, argv, ranks):
     if args.steps or args.minutes:  # a new length replaces the old one
         flags = flags | {"steps": None, "minutes": None}
     args = get_args(argv, **flags)
-    for name in ("seed", "optimizer", "preset", "init_from"):
-        if getattr(args, name) != flags[name]:
-            began = f"the run began with {flag(name)} {flags[name]}"
+    for name in ("seed", "optimizer", "preset", "init_from", "pack"):
+        if getattr(args, name) != (was := flags.get(name, False)):
+            began = f"the run began with {flag(name)} {was}"
             raise ValueError(f"--resume: {began}: leave the flag out, or change --out")
     return args, log, checkpoint, saved
 
@@ -196,7 +197,7 @@ def check_ranks_agree(args, checkpoint, ranks):
 def make_model(args, tokenizer, checkpoint, saved):
     """The checkpoint's model, or one from --init-from, or a preset's, with the fields that flags change; on the CPU."""
     torch.manual_seed(args.seed)
-    given = given_fields(args) | {"reset_id": tokenizer.eos_id if args.reset_at_eos else -1}
+    given = given_fields(args) | {"reset_id": tokenizer.eos_id if args.reset_at_eos or args.pack else -1}
     if checkpoint:
         base = Config(**saved["config"])
         config = replace(base, **given)
@@ -232,7 +233,7 @@ def open_data(args, block_size, saved, ranks):
     """-> training and held-out samples. Each process of a machine hashes a part of their files."""
     max_bytes = math.inf if args.verify else HASHED_BYTES
     seed = saved["step"] if saved else 0  # so that a run hashes other files at each start
-    train, val = (TokenData(args.data, split, block_size) for split in ("train", "val"))
+    train, val = (TokenData(args.data, split, block_size, args.pack) for split in ("train", "val"))
     for split in (train, val):
         split.check_hashes(max_bytes, seed, ranks.local_rank, ranks.local_world)
     return train, val
