@@ -66,7 +66,8 @@ def get_args(argv=None, **defaults):
     # How long, how much at a time
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="length of the run and of its schedule")
-    length.add_argument("--minutes", type=float, help="length as time spent on steps; 10 if neither is given")
+    length.add_argument("--epochs", type=float, help="length as times that each sample is served")
+    length.add_argument("--minutes", type=float, help="length as time spent on steps; 10 if no length is given")
     add("--micro-batch", type=int, default=16, help="samples in one forward pass")
     add("--batch-tokens", type=int, help="tokens of a step, over all ranks; by default one micro-batch on each")
     # Optimization
@@ -119,7 +120,7 @@ def check_args(args, error):
         error(f"--init-from brings a model of its own: leave --preset {args.preset} out")
     for names, low in (
         ("steps micro_batch batch_tokens eval_tokens log_every keep", 1),
-        ("minutes", 0.01),
+        ("minutes epochs", 0.01),
         ("lr weight_decay clip warmup decay eval_every save_every keep_every", 0),
     ):
         for name in names.split():
@@ -154,8 +155,8 @@ def open_run(args, argv, ranks):
     checkpoint = newest_checkpoint(run)
     saved = read_state(checkpoint)
     flags = saved["args"]
-    if args.steps or args.minutes:  # a new length replaces the old one
-        flags = flags | {"steps": None, "minutes": None}
+    if args.steps or args.minutes or args.epochs:  # a new length replaces the old one
+        flags = flags | {"steps": None, "minutes": None, "epochs": None}
     args = get_args(argv, **flags)
     for name in ("seed", "optimizer", "preset", "init_from", "pack"):
         if getattr(args, name) != (was := flags.get(name, False)):
@@ -166,7 +167,7 @@ def open_run(args, argv, ranks):
 
 def check_world(args, ranks):
     """Set the default length, and refuse flags that this number of processes cannot have."""
-    if args.steps is None and args.minutes is None:
+    if args.steps is None and args.minutes is None and args.epochs is None:
         args.minutes = 10.0
     if args.shard and ranks.world == 1:
         raise ValueError("--shard needs several processes: torchrun --nproc_per_node N train.py, or --no-shard")
@@ -239,14 +240,16 @@ def open_data(args, block_size, saved, ranks):
     return train, val
 
 
-def count_micro_batches(args, block_size, ranks):
-    """Micro-batches of a step on each rank. Sets args.batch_tokens where no flag has."""
+def count_micro_batches(args, block_size, samples, ranks):
+    """Micro-batches of a step on each rank. Sets args.batch_tokens where no flag has, and args.steps for --epochs."""
     one = args.micro_batch * block_size * ranks.world
     args.batch_tokens = args.batch_tokens or one
     n_micro, rest = divmod(args.batch_tokens, one)
     if rest:
         product = f"micro-batch x block x ranks = {args.micro_batch} x {block_size} x {ranks.world} = {one}"
         raise ValueError(f"--batch-tokens {args.batch_tokens} is not a multiple of {product}")
+    if args.epochs:
+        args.steps = math.ceil(args.epochs * samples * block_size / args.batch_tokens)
     return n_micro
 
 
@@ -295,7 +298,9 @@ def run_constants(args, model, data):
     return {
         "chat": data.mostly_chat(),
         "config": asdict(model.config),
-        "args": vars(args) | {"resume": False, "verify": False, "data": str(Path(args.data).resolve())},
+        "args": vars(args)
+        | {"resume": False, "verify": False, "data": str(Path(args.data).resolve())}
+        | ({"steps": None} if args.epochs else {}),  # they follow from the data, which may grow
         "shards": data.shard_hashes(),
     }
 
@@ -393,7 +398,7 @@ def main(argv=None):
     tokenizer = load_tokenizer(args.data)
     model = make_model(args, tokenizer, checkpoint, saved)
     data, val = open_data(args, model.config.block_size, saved, ranks)
-    n_micro = count_micro_batches(args, model.config.block_size, ranks)
+    n_micro = count_micro_batches(args, model.config.block_size, len(data), ranks)
     compiled = can_compile(device) if args.compile is None else args.compile
     machine = describe_machine(args, device, compiled, ranks)
     if checkpoint:

@@ -209,7 +209,8 @@ MARKS = "\ufdd0-\ufde0"
 def link_pattern(stop, host):
     """A pattern for scheme://, www. or name.tld/ and what follows, up to white space or `stop`, brackets balanced."""
     body = rf"(?:[^\s()<>{stop}]++|\([^\s()<>{stop}]*+(?:\([^\s()<>{stop}]*+\)[^\s()<>{stop}]*+)*+\))++"
-    start = r"(?<![a-z0-9])(?:[a-z][a-z0-9+]{0,15}://(?!localhost|127\.|0\.0\.0\.0)|www[0-9]{0,3}\.)|(?<![a-z0-9.\-])[a-z0-9.\-]+\.[a-z]{2,4}/"
+    scheme = r"[a-z][a-z0-9+]{0,15}://(?!localhost|127\.|0\.0\.0\.0)"
+    start = rf"(?<![a-z0-9])(?:{scheme}|www[0-9]{{0,3}}\.)|(?<![a-z0-9.\-])[a-z0-9.\-]+\.[a-z]{{2,4}}/"
     return re.compile(f"(?P<start>{start})(?:{host}(?:{body})?|{body})", re.IGNORECASE)
 
 
@@ -265,7 +266,7 @@ BREAKING = set(
 """.split()
 )
 HTML_COMMENT = re.compile("<!--.*?-->", re.DOTALL)
-BREAK = "\ufde1"
+BREAK = "\ufde1"  # a noncharacter that is no mark of hidden code
 BREAKS = re.compile(rf"(?<![\s{BREAK}])\s*+{BREAK}[\s{BREAK}]*+")
 TABLE_ROW = re.compile(r"^[ \t]*+\|[^\n]*+$", re.MULTILINE)
 

@@ -3,6 +3,18 @@
     document, dropped_by = clean(document, "auto")     # dropped_by: the filter that drops it, or None
 
 A pipeline keeps a document if low <= filter(text) <= high for all of its filters.
+
+"published" has Steel-LLM's own settings (arXiv 2502.06635, tables 7 and 8), for comparison: they drop or damage most
+Chinese text. Its operators are Data-Juicer's. Those here differ in that
+
+clean_email               asks for a top-level domain of two letters, and no bracket after it
+clean_html                makes line ends of tags that break a line; keeps what looks like a tag but is never closed
+clean_ip                  keeps versions and section numbers
+clean_all_links           keeps addresses of this machine
+fix_unicode               keeps the width of characters, curly quotes and ligatures
+remove_repeat_sentences   keeps short sentences, short lines, items and rows, and never joins lines
+
+Its other mappers and all of its filters do as Data-Juicer's.
 """
 
 from math import inf
@@ -70,15 +82,6 @@ PIPELINES = {
     "chat": Pipeline(
         mappers=PROSE, filters=[(filters.text_length, 1, 100_000), (filters.sameness, 0, 0.9)], has_code=True
     ),
-    # Steel-LLM's own settings (tables 7 and 8), for comparison: they drop or damage most Chinese text. Its
-    # operators are Data-Juicer's. Those here differ in that
-    #   clean_email asks for a top-level domain of two letters, and no bracket after it;
-    #   clean_html makes line ends of tags that break a line, and keeps what looks like a tag but is never closed;
-    #   clean_ip keeps versions and section numbers;
-    #   fix_unicode keeps the width of characters, curly quotes and ligatures;
-    #   remove_repeat_sentences keeps short sentences, short lines, items and rows, and never joins lines.
-    # chinese_convert, clean_all_links, punctuation_normalization, remove_chars_and_bars, normalize_all_spaces and all
-    # filters do as theirs.
     "published": Pipeline(
         mappers=[
             mappers.chinese_convert,

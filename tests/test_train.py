@@ -323,6 +323,20 @@ def test_a_run_is_resumed_and_scored_from_any_folder_and_its_data_may_move(small
     assert state_of(run, 4)["args"]["data"] == str(moved) and "step-00000004" in call("eval.py", run).stdout
 
 
+def test_epochs_are_a_length_that_follows_the_data(small_data, tmp_path):
+    run = tmp_path / "run"
+    samples = len(TokenData(small_data, "train", 128))
+    flags = ["--micro-batch", 16, "--block-size", 128, "--batch-tokens", 16 * 128 * 16]
+    steps = -(-samples // 256)
+    assert steps > 1 and f"done: step {steps}, " in train(small_data, run, *flags, "--epochs", 1).stdout
+    assert state_of(run, steps)["args"] | {"steps": None, "epochs": 1.0} == state_of(run, steps)["args"]
+    more = -(-samples * 3 // 512)
+    assert f"done: step {more}, " in call("train.py", "--resume", "--out", run, "--epochs", 1.5).stdout
+    assert state_of(run, more)["phases"] == [[samples, more * 256]]
+    result = call("train.py", "--resume", "--out", run, "--steps", more + 1)
+    assert f"done: step {more + 1}, " in result.stdout and state_of(run, more + 1)["args"]["epochs"] is None
+
+
 def test_a_step_without_an_answer_says_so_and_changes_no_weight(small_data, chapters, tmp_path):
     questions = [{"question": chapter[:300], "answer": "渡"} for chapter in chapters[:8]]
     rows = "\n".join(json.dumps(row, ensure_ascii=False) for row in questions)
