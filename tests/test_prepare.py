@@ -509,8 +509,9 @@ def test_killed_at_any_moment_it_continues_and_ends_with_the_same_bytes(raw, und
             process.communicate()
             kills += 1
             wait += random.uniform(0.05, 0.2)  # each run gets a little further; none could end in its time
-    assert process.returncode == 0, error
-    assert kills >= 2 and contents(out) == contents(undisturbed)
+    # A kill can fall between the last step of a run and its exit: then the next one finds nothing left to add.
+    assert process.returncode == 0 or b"was already added" in error, error
+    assert kills >= 2 and contents(out) == contents(undisturbed) and not (out / ".work").exists()
 
 
 SLEEPERS = """
