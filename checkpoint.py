@@ -206,6 +206,20 @@ class State:
         return every > 0 and self.step % every == 0
 
 
+def make_state(args, data, device, saved):
+    """The state of a new run, or a saved one, whose data may have grown."""
+    if not saved:
+        return State.create(device, [[len(data), 0]])
+    names = ("phases", "recent", "skipped", "in_a_row", "step", "seconds")
+    state = {name: saved[name] for name in names}
+    if len(data) > state["phases"][-1][0]:
+        state["phases"].append([len(data), 0])
+    new_flags = any(getattr(args, name) != saved["args"][name] for name in ("lr", "batch_tokens"))
+    if new_flags or state["phases"][-1][1] == 0:
+        state["recent"] = []  # losses to come need not be like those before
+    return State.create(device, **state)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Saving
 

@@ -7,7 +7,7 @@
 data/NAME/ holds a tokenizer, manifest.json, and for each shard
     SHARD.tokens.npy    ids (uint16 where the vocabulary fits, else uint32); every document ends with eos
     SHARD.ends.npy      where the documents end, for programs that read whole documents
-    SHARD.mask.npy      of chats: 1 where a token counts in the loss
+    SHARD.mask.npy      of chats, and of pairs of answers: 1 where a token counts in the loss
     SHARD.hashes.npy    [documents, 4]: of each 128 bits of a hash of the content, and its fingerprint, to find copies
 
 A sample is a row of block_size + 1 ids of one shard: inputs and targets, shifted by one. Text is cut into them;
@@ -119,8 +119,10 @@ class TokenData:
     data[i]      sample i: block_size + 1 ids, int64. Neighbours overlap by one id, so that each id is a target once
 
     With pack, a sample of a chat is whole conversations after an end-of-document token, and filled up with more of
-    these, which do not count.
+    these, which do not count. Pairs of answers are always packed.
     """
+
+    reference = None  # of pairs: what dpo.py's reference says of their answers, [samples, answers]; served with them
 
     def __init__(self, path, split="train", block_size=128, pack=False):
         """Raises ValueError for anything missing, of the wrong size or type, or too small."""
@@ -131,11 +133,19 @@ class TokenData:
         for k, shard in enumerate(self.shards):
             for kind in DTYPES.keys() & shard["sha256"].keys():
                 self.open(k, kind)
+        self.pairs = any(shard.get("pairs") for shard in self.manifest["shards"])
+        if self.pairs and not all(shard.get("pairs") for shard in self.manifest["shards"]):
+            raise ValueError(f"{path} has pairs of answers and other text: prepare each in a folder of its own")
+        pack = pack or self.pairs
         self.rows = {k: self._pack(k) for k, shard in enumerate(self.shards) if pack and "mask" in shard["sha256"]}
         blocks = [(shard["tokens"] - 1) // block_size for shard in self.shards]
         sizes = [len(self.rows[k]) if k in self.rows else n for k, n in enumerate(blocks)]
         self.first = np.cumsum([0, *sizes])  # first[k] is the number of shard k's first sample
         if len(self) == 0:
+            if self.rows:
+                fix = f"set --block-size above {block_size}, or give prepare.py shorter ones"
+                what = "pair of answers" if self.pairs else "conversation"
+                raise ValueError(f"{path}: no {split} {what} fits into a block of {block_size}: {fix}")
             longest = max((shard["tokens"] for shard in self.shards), default=0)
             raise ValueError(
                 f"{path}: a block of {block_size} needs {block_size + 1} tokens, the longest {split} shard has "
@@ -155,7 +165,7 @@ class TokenData:
 
     def _pack(self, k):
         ends = np.load(shard_path(self.path, self.shards[k]["name"], "ends"), allow_pickle=False)
-        return pack_shard(self.open(k, "tokens"), self.open(k, "mask"), ends, self.block_size)
+        return pack_shard(self.open(k, "tokens"), self.open(k, "mask"), ends, self.block_size, self.pairs)
 
     def _refuse(self, path):
         raise ValueError(f"{path} is missing or damaged: delete {self.path} and run prepare.py again")
@@ -189,6 +199,12 @@ class TokenData:
         k, i = self._locate(i)
         return self._ids(k, i, "mask", fill=0)[1:] if "mask" in self.shards[k]["sha256"] else None
 
+    @property
+    def documents(self):
+        """How many are in the samples."""
+        packed = sum(rows.conversations for rows in self.rows.values())
+        return packed + sum(shard["documents"] for k, shard in enumerate(self.shards) if k not in self.rows)
+
     def shard_hashes(self):
         """[name, sha256 of its files] of each shard, in the order in which samples are numbered."""
         return [[shard["name"], shard["sha256"]] for shard in self.shards]
@@ -204,8 +220,10 @@ class TokenData:
         n, conversations = sum(map(len, rows)), sum(r.conversations for r in rows)
         cut, left_out = sum(r.cut for r in rows), sum(r.left_out for r in rows)
         share = sum(r.tokens for r in rows) / max(n * self.block_size, 1)
-        lost = f"{cut:,} lost their oldest turns, {left_out:,} are too long and left out"
-        packed = f"packed: {conversations:,} conversations in {n:,} samples, {share:.1%} of them text; {lost}"
+        lost = f"{left_out:,} are too long and left out"
+        lost = lost if self.pairs else f"{cut:,} lost their oldest turns, {lost}"
+        found = f"{conversations:,} {'pairs' if self.pairs else 'conversations'}"
+        packed = f"packed: {found} in {n:,} samples, {share:.1%} of them text; {lost}"
         return packed if n else ""
 
     def _locate(self, i):
@@ -316,15 +334,19 @@ def sample_at(i, phases, seed):
 
 
 def batch_at(data, phases, seed, first, count):
-    """Samples first .. first + count of the last phase -> inputs [count, T], targets [count, T]."""
+    """Samples first .. first + count of the last phase -> inputs [count, T], targets [count, T], and of pairs what the
+    reference says of their answers, [count, answers]."""
     import torch  # here, as prepare.py's processes do without it
 
-    pairs = [inputs_and_targets(data, sample_at(i, phases, seed)) for i in range(first, first + count)]
-    return tuple(torch.from_numpy(np.stack(rows)) for rows in zip(*pairs))
+    numbers = [sample_at(i, phases, seed) for i in range(first, first + count)]
+    arrays = [np.stack(rows) for rows in zip(*(inputs_and_targets(data, number) for number in numbers))]
+    if data.reference is not None:
+        arrays.append(data.reference[numbers])
+    return tuple(torch.from_numpy(array) for array in arrays)
 
 
 def batches(data, phases, seed, ranks, n_micro, micro_batch, device="cpu"):
-    """Yield for each step to come this rank's n_micro micro-batches, pairs of inputs and targets, [micro_batch, T].
+    """Yield for each step to come this rank's n_micro micro-batches, as batch_at gives them.
 
     A thread reads the next step's while this one's are in use; for CUDA into pinned memory, so that the copy to the
     device is asynchronous.
@@ -339,8 +361,8 @@ def batches(data, phases, seed, ranks, n_micro, micro_batch, device="cpu"):
 
     def read(first):
         first += ranks.rank * n_micro * micro_batch  # rank r takes the r-th equal part of a step
-        pairs = [batch_at(data, phases, seed, first + i * micro_batch, micro_batch) for i in range(n_micro)]
-        return [tuple(a.pin_memory() for a in pair) for pair in pairs] if pinned else pairs
+        step = [batch_at(data, phases, seed, first + i * micro_batch, micro_batch) for i in range(n_micro)]
+        return [tuple(array.pin_memory() for array in arrays) for arrays in step] if pinned else step
 
     with concurrent.futures.ThreadPoolExecutor(1, initializer=set_gpu if pinned else None) as thread:
         step_samples = ranks.world * n_micro * micro_batch

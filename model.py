@@ -19,9 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Configuration
-
+CHECKPOINT = {"use_reentrant": False, "preserve_rng_state": False}  # for recompute: there is no dropout
 CHOICES = {"ffn": ("soft_moe", "dense"), "dispatch": ("causal", "token", "sequence")}
 CHOICES |= {"expert": ("swiglu", "swiglu2"), "router": ("cosine", "linear")}
 
@@ -232,7 +230,7 @@ class SoftMoE(nn.Module):
         combine = combine.unflatten(-1, (self.n_expert, -1, 1))  # [B, T, E, P, 1]
         weights = self.window_weights(logits, absent, u.dtype) if look_back else None  # [W, B, T, E, P]
         if self.w_out.ndim == 3 and torch.is_grad_enabled():  # keep only u for backward: the rest is cheap to redo
-            y = recompute(self.mix_and_combine, u, weights, combine, use_reentrant=False, preserve_rng_state=False)
+            y = recompute(self.mix_and_combine, u, weights, combine, **CHECKPOINT)
         else:
             y = self.mix_and_combine(u, weights, combine)
         return y.view(B, T, D)
@@ -329,8 +327,7 @@ class SequenceSoftMoE(SoftMoE):
     def forward(self, x, place, cache=None, layer=0):
         logits = self.router_logits(x)  # [B, T, S]
         slots = logits.softmax(1).to(x.dtype).transpose(1, 2) @ F.normalize(x, dim=-1)  # [B, S, D]
-        by_expert = enumerate(slots.chunk(self.n_expert, dim=1))
-        y = torch.cat([self.apply_expert(e, z) for e, z in by_expert], dim=1)  # [B, S, D]
+        y = torch.cat([self.apply_expert(e, z) for e, z in enumerate(slots.chunk(self.n_expert, 1))], 1)  # [B, S, D]
         return logits.softmax(2).to(x.dtype) @ y
 
 
@@ -342,29 +339,26 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """In chunks of tokens, so that logits [N, V] never exist. Gradients are made in forward, and scaled in backward."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk, softmax_gradient, with_gradients):
+    def forward(ctx, hidden, weight, targets, chunk, softmax_gradient):
         """hidden [N, D], weight [V, D], targets [N] (-1: not counted) -> sum of nats, fp32 at least."""
         cast_weight = weight.to(hidden.dtype)
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        if with_gradients:
-            d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-            ctx.save_for_backward(d_hidden, d_weight)
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        ctx.save_for_backward(d_hidden, d_weight)
         for rows, chunk_targets, start in zip(hidden.split(chunk), targets.split(chunk), range(0, len(hidden), chunk)):
-            nats, d_logits = softmax_gradient(rows @ cast_weight.T, chunk_targets, total.dtype, with_gradients)
+            nats, d_logits = softmax_gradient(rows @ cast_weight.T, chunk_targets, total.dtype)
             total += nats
-            if with_gradients:
-                torch.mm(d_logits, cast_weight, out=d_hidden[start : start + chunk])
-                d_weight += (d_logits.T @ rows).to(weight.dtype)
+            torch.mm(d_logits, cast_weight, out=d_hidden[start : start + chunk])
+            d_weight += (d_logits.T @ rows).to(weight.dtype)
         return total
 
     @staticmethod
     def backward(ctx, d_total):
-        d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_total.to(d_hidden.dtype), d_weight * d_total.to(d_weight.dtype), None, None, None, None
+        return *(d * d_total.to(d.dtype) for d in ctx.saved_tensors), None, None, None
 
 
-def softmax_gradient(logits, targets, dtype, with_gradient):
-    """logits [n, V], targets [n] -> sum of nats, and its gradient by the logits: softmax - one-hot [n, V], or None."""
+def softmax_gradient(logits, targets, dtype):
+    """logits [n, V], targets [n] -> sum of nats, and its gradient by the logits: softmax - one-hot, [n, V]."""
     counted, index = (targets >= 0)[:, None], targets.clamp(min=0)[:, None]
     out_dtype, logits = logits.dtype, logits.to(dtype)
     logits -= logits.amax(-1, keepdim=True)
@@ -372,8 +366,6 @@ def softmax_gradient(logits, targets, dtype, with_gradient):
     p = logits.exp_()  # in place: a tensor of this size is made once
     norm = p.sum(-1, keepdim=True)
     nats = ((norm.log() - picked) * counted).sum()
-    if not with_gradient:
-        return nats, None
     p *= counted / norm
     if torch.compiler.is_compiling():  # all in one kernel: scatter_add would write p once more, in fp32
         one_hot = (torch.arange(p.shape[1], device=p.device) == index) & counted
@@ -382,15 +374,26 @@ def softmax_gradient(logits, targets, dtype, with_gradient):
 
 
 def cross_entropy(hidden, weight, targets, reduction="mean", chunk=None, softmax_gradient=softmax_gradient):
-    """Nats of the targets: hidden [..., D], weight [V, D], targets [...] (-1: not counted) -> their mean or "sum"."""
-    hidden, targets = hidden.flatten(0, -2), targets.flatten()
+    """hidden [..., D], weight [V, D], targets [...] (-1: 0 nats) -> nats of targets: mean, "sum", or "none": [...]."""
+    shape, hidden, targets = targets.shape, hidden.flatten(0, -2), targets.flatten()
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     chunk = chunk or (8192 if device == "cuda" else 1024)  # tokens
     with torch.autocast(device, enabled=False):
-        total = ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, softmax_gradient, torch.is_grad_enabled())
-    return total if reduction == "sum" else total / (targets >= 0).sum().clamp(min=1)
+        if torch.is_grad_enabled() and reduction != "none":
+            total = ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, softmax_gradient)
+        else:  # the logits are made once more in backward, if there is one
+
+            def token_nats(rows, targets):
+                logits = rows @ weight.to(rows.dtype).T
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+
+            chunks = zip(hidden.split(chunk), targets.split(chunk))
+            nats = torch.cat([recompute(token_nats, *some, **CHECKPOINT) for some in chunks])
+            total = nats.view(shape) if reduction == "none" else nats.sum()
+    return total / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else total
 
 
 class RMSNorm(nn.RMSNorm):
@@ -410,7 +413,7 @@ class Block(nn.Module):
 
     def forward(self, x, place, cache, layer):
         if self.recompute and torch.is_grad_enabled():
-            return recompute(self.run, x, place, cache, layer, use_reentrant=False, preserve_rng_state=False)
+            return recompute(self.run, x, place, cache, layer, **CHECKPOINT)
         return self.run(x, place, cache, layer)
 
     def run(self, x, place, cache, layer):
@@ -452,7 +455,7 @@ class Decoder(nn.Module):
                 p[:, 0] = 2.0
 
     def forward(self, ids, targets=None, cache=None, reduction="mean"):
-        """ids [B, T] -> logits [B, T, V]; with targets [B, T] (-1: not counted) -> nats, mean or "sum".
+        """ids [B, T] -> logits [B, T, V]; with targets [B, T] (-1: not counted) -> nats, mean, "sum" or "none": [B, T].
         With a cache, ids continue what it holds; prompts of unequal length are padded on the left with -1."""
         hidden = self.hidden_states(ids, cache)
         if targets is None:
@@ -478,11 +481,7 @@ class Decoder(nn.Module):
         """Logits of the token after ids, [B, T] -> [B, V]."""
         return F.linear(self.hidden_states(ids, cache)[:, -1], self.head_weight)
 
-    step = next_logits  # for the tokens after the prompt: what compile_step() compiles
-
-    def compile_step(self):
-        """Compile step(): code for the first length, then for every length; a padded batch has code of its own."""
-        self.step = torch.compile(self.next_logits, options={"size_asserts": False})  # guards check sizes already: 6 %
+    step = next_logits  # for the tokens after the prompt: sample.py may replace it by a compiled one
 
     def new_cache(self, batch, max_len):
         return Cache(self.config, batch, max_len, self.embedding.device, self.embedding.dtype)

@@ -115,10 +115,16 @@ GROUPS = {"qkv": "matrices", "out": "matrices", "w_in": "matrices", "w_out": "w_
 
 
 def make_optimizers(model, optimizer, lr, weight_decay):
-    """Muon and AdamW, or AdamW for all. Each parameter is in exactly one group; `lr_scale` multiplies the rate."""
+    """Muon and AdamW, or "adamw": all of it at one rate, as in nanoGPT. Each parameter is in exactly one group;
+    `lr_scale` multiplies the rate."""
     groups = {"matrices": [], "w_out": [], "head": [], "rest": []}
     for name, p in model.named_parameters():
         groups[GROUPS.get(name.rpartition(".")[2], "rest")].append(p)
+    if optimizer == "adamw":
+        decayed, others = groups["matrices"] + groups["w_out"], groups["head"] + groups["rest"]
+        by_decay = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        by_decay = [group | {"lr_scale": 1.0} for group in by_decay]
+        return [torch.optim.AdamW(by_decay, lr=lr, betas=(0.9, 0.95), fused=True)]
     matrices = [
         {"params": groups["matrices"], "lr_scale": 1.0, "weight_decay": weight_decay},
         {"params": groups["w_out"], "lr_scale": W_OUT_RATE, "weight_decay": weight_decay},
@@ -127,9 +133,9 @@ def make_optimizers(model, optimizer, lr, weight_decay):
         {"params": groups["rest"], "lr_scale": REST_RATE, "weight_decay": 0.0},
         {"params": groups["head"], "lr_scale": HEAD_RATE, "weight_decay": 0.0},
     ]
-    by_adamw = [group for group in (rest if optimizer == "muon" else matrices + rest) if group["params"]]
-    adamw = torch.optim.AdamW(by_adamw, lr=lr, betas=(0.8, 0.99), fused=True)  # betas: docs/experiments.md
-    return [Muon(matrices, lr=lr), adamw] if optimizer == "muon" else [adamw]
+    rest = [group for group in rest if group["params"]]
+    adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.8, 0.99), fused=True)  # betas: docs/experiments.md
+    return [Muon(matrices, lr=lr), adamw]
 
 
 def load_optimizers(optimizers, saved):
@@ -165,8 +171,9 @@ def update(optimizers, lr, skip):
 
 def lr_factor(step, progress, args):
     """Share of the peak learning rate at a step (0 is the first) and at a share of the run in [0, 1]."""
-    # 1. linear warm-up
-    warm = min(1.0, (step + 1) / args.warmup) if args.warmup else 1.0
+    # 1. linear warm-up, over steps or over a share of the run
+    warm = (step + 1) / args.warmup if args.warmup >= 1 else progress / args.warmup if args.warmup else 1.0
+    warm = min(1.0, warm)
     # 2. wsd: constant, then linearly to 0 over the last `decay` of the run
     if args.schedule == "wsd":
         return min(warm, (1 - progress) / args.decay) if args.decay else warm

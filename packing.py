@@ -36,17 +36,18 @@ class Rows:
         return self.parts[self.first[i] : self.first[i + 1]].tolist()
 
 
-def pack_shard(tokens, mask, ends, capacity):
+def pack_shard(tokens, mask, ends, capacity, pairs=False):
     """A shard of conversations -> Rows of at most `capacity` tokens, by best fit.
 
-    tokens, mask: [n]; ends: [conversations], where each ends, its end-of-document token included.
+    tokens, mask: [n]; ends: [conversations], where each ends, its end-of-document token included. pairs: each is a pair
+    of answers, of which nothing is cut.
     """
     ends = ends.astype(np.int64)
     starts = np.append(0, ends[:-1])[: len(ends)]
     parts = {}  # of conversations that are too long: what is kept of them
     lengths = ends - starts
     for i in np.flatnonzero(lengths > capacity).tolist():
-        parts[i] = newest_turns(tokens, mask, int(starts[i]), int(ends[i]), capacity)
+        parts[i] = [] if pairs else newest_turns(tokens, mask, int(starts[i]), int(ends[i]), capacity)
         lengths[i] = sum(stop - start for start, stop in parts[i])
     row_of = best_fit(lengths, capacity)
     order = np.argsort(row_of, kind="stable")

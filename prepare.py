@@ -35,6 +35,7 @@ from corpus.formats import file_parts, utf8_name
 from corpus.ledger import add_counts, count, print_ledger, refuse_malformed
 from corpus.pipelines import PIPELINES
 from corpus.reference import MAX_PERPLEXITY, NGram
+from corpus.rows import EXAM_FORMS
 from corpus.work import code_digest, digest_of, folder_lock, in_parallel, progress, read_work, write_work
 from data import read_manifest, shard_is_whole, write_array, write_shard
 from tokenizer import FILES, load_tokenizer, train_sentencepiece
@@ -58,6 +59,12 @@ def get_args(argv=None):
     add("--pipeline", choices=("auto", *PIPELINES), default="auto", help=pipelines)
     add("--reference", metavar="SOURCE", help="drop prose that is too surprising to a model of this source of the run")
     add("--workers", type=int, default=os.cpu_count(), help="processes; the result does not depend on it")
+    add(
+        "--exams",
+        choices=EXAM_FORMS,
+        default="text",
+        help="exam questions as text, or as chats: answer or reasoning first",
+    )
     add("--judge-chats", action="store_true", help="judge what each side of a chat says as prose is judged")
     add("--show-dropped", type=int, default=0, metavar="N", help="print N texts that each operator dropped")
     add("--show-changed", type=int, default=0, metavar="N", help="print the N largest deletions of each operator")
@@ -268,6 +275,7 @@ class ShardWriter:
     def __init__(self, out, number, part, tokenizer):
         self.out, self.number, self.part, self.tokenizer = out, number, part, tokenizer
         self.shards = []
+        self.pairs = set()  # sources whose documents are pairs of answers
         # By (source, split)
         self.waiting = {}  # documents
         self.tokens = Counter()  # of them
@@ -275,9 +283,11 @@ class ShardWriter:
 
     def add(self, source, split, document, hashes):
         """Tokenise a document; returns [characters, tokens], eos included."""
-        ids, mask = encode(document, self.tokenizer)
+        ids, mask = document.encode(self.tokenizer)
         text = document.text
         key = (source, split)
+        if document.kind == "pair":
+            self.pairs.add(source)
         self.waiting.setdefault(key, []).append((ids, mask, len(text.encode("utf-8")), hashes))
         self.tokens[key] += len(ids) + 1
         if self.tokens[key] >= SHARD_TOKENS:
@@ -290,21 +300,14 @@ class ShardWriter:
         name = f"{source}-{self.number:05d}-{self.written[key]}-{split}"
         shard = write_shard(self.out, name, self.waiting.pop(key), self.tokenizer)
         input_file = {"name": self.part.name, "sha256": self.part.sha256}
-        self.shards.append({"split": split, "source": source, **shard, "input": input_file})
+        kind = {"pairs": True} if source in self.pairs else {}
+        self.shards.append({"split": split, "source": source, **kind, **shard, "input": input_file})
         self.written[key] += 1
         self.tokens[key] = 0
 
     def close(self):
         for source, split in list(self.waiting):
             self.flush(source, split)
-
-
-def encode(document, tokenizer):
-    """-> ids [n] uint32 and, of a chat, which of them count in the loss [n] uint8, else None."""
-    if document.kind != "chat":
-        return tokenizer.encode_array(document.content), None
-    ids, mask = tokenizer.encode_chat(document.content)
-    return np.array(ids, dtype=np.uint32), np.array(mask, dtype=np.uint8)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -359,6 +362,7 @@ def prepare(
     pipeline="auto",
     reference=None,
     workers=1,
+    exams="text",
     judge_chats=False,
     show_dropped=0,
     show_changed=0,
@@ -389,7 +393,12 @@ def prepare(
         refuse_known(parts, known_files)
         work.mkdir(exist_ok=True)
 
-        choices = {"judge_chats": judge_chats, "show_dropped": show_dropped, "show_changed": show_changed}
+        choices = {
+            "exams": exams,
+            "judge_chats": judge_chats,
+            "show_dropped": show_dropped,
+            "show_changed": show_changed,
+        }
         clean_one = functools.partial(clean_part, work=work, pipeline=pipeline, **choices)
         cleaned = in_parallel(clean_one, parts, workers, "cleaning", sum(part.size for part in parts), "B")
         refuse_malformed(parts, cleaned)

@@ -1,6 +1,7 @@
 """What a run says of itself: its configuration, a line now and then, scores on held-out text and samples."""
 
 import math
+import platform
 import shlex
 from dataclasses import asdict
 
@@ -9,10 +10,24 @@ import torch
 
 from common import peak_flops
 from data import evenly_spaced, inputs_and_targets
+from dpo import score_pairs
 from eval import evaluate
 from sample import generate
 
 COUNTED_TARGETS = 1 << 16  # of the training data, to estimate the bytes of a token
+
+
+def describe_machine(args, device, compiled, ranks):
+    """What must stay the same for a resumed run to give the same bits."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "world": ranks.world,
+        "shard": args.shard,
+        "compile": compiled,
+        "device": device,
+        "cpu": platform.machine(),
+    }
 
 
 def describe_run(args, model, data, n_micro, machine, ranks):
@@ -39,11 +54,16 @@ def bytes_per_token(data, tokenizer):
     return np.mean([len(tokenizer.token_bytes[i]) for i in targets[targets >= 0]] or [1])
 
 
+def in_words(values):
+    return " | ".join(f"{name} {value:.3f}" for name, value in values.items())
+
+
 class Reporter:
     """Prints log lines and writes the same numbers to metrics.jsonl. log: a checkpoint.Log on rank 0, else None."""
 
-    def __init__(self, args, model, data, tokenizer, log, ranks, state):
+    def __init__(self, args, model, objective, data, tokenizer, log, ranks, state):
         self.args, self.model, self.tokenizer, self.log, self.ranks = args, model, tokenizer, log, ranks
+        self.objective = objective
         self.device = model.embedding.device.type
         self.block_size = model.config.block_size
         self.flops = model.flops_per_token(self.block_size)
@@ -51,20 +71,24 @@ class Reporter:
         self.bytes_per_token = bytes_per_token(data, tokenizer)
         self.step, self.seconds = state.step, state.seconds  # at the last line
 
-    def line(self, state, loss, norm, lr, targets):
+    def line(self, state, sums, norm, lr):
         """The step that has just been made; time and speed are means since the last line.
 
-        targets: how many counted in the loss; without any (questions whose answers are elsewhere), there is none.
+        sums: of the objective over the step. Where nothing counts (questions whose answers are elsewhere), there is no
+        loss.
         """
+        total, count, *others = sums
+        loss = total / count if count else math.nan
+        others = {name: other / max(count, 1) for name, other in zip(self.objective.NAMES, others)}
         args, done, skipped = self.args, state.progress(self.args), state.skipped.item()
         took = (state.seconds - self.seconds) / (state.step - self.step)
         self.step, self.seconds = state.step, state.seconds
         speed = args.batch_tokens / took
-        bpb = loss / math.log(2) / self.bytes_per_token
+        others = others or {"bpb": loss / math.log(2) / self.bytes_per_token}
         parts = [
             f"step {state.step:>5}/{args.steps or int(state.step / done):<5} {100 * done:5.1f}%",
-            f"loss {loss:.4f} | bpb {bpb:.3f} | lr {lr:.1e} | norm {norm:.2f}"
-            if targets
+            f"loss {loss:.4f} | {in_words(others)} | lr {lr:.1e} | norm {norm:.2f}"
+            if count
             else "no answers to learn from",
             f"{1000 * took:4.0f} ms | {speed / 1000:.2f}k tok/s",
             f"mfu {100 * self.flops * speed / (self.peak * self.ranks.world):3.0f}%" if self.peak else "",
@@ -76,7 +100,7 @@ class Reporter:
             self.log.add(
                 step=state.step,
                 loss=loss,
-                bpb=bpb,
+                **others,
                 lr=lr,
                 norm=norm,
                 ms=1000 * took,
@@ -87,33 +111,46 @@ class Reporter:
             )
 
     def score(self, state, val, max_tokens, stop):
-        """Evaluate on held-out samples, and show a sample -> evaluate()'s result; None if a signal came."""
-        result = evaluate(
-            self.model,
-            val,
-            self.tokenizer.token_bytes,
-            device=self.device,
-            batch_tokens=self.args.micro_batch * self.block_size,
-            max_tokens=max_tokens,
-            rank=self.ranks.rank,
-            world=self.ranks.world,
-            stopping=stop.on_any_rank,
-        )
+        """Evaluate on held-out samples, and show a sample -> the scores by name; None if a signal came."""
+        if self.objective.NAMES:
+            batch = self.args.micro_batch
+            result = score_pairs(self.model, val, self.objective, batch, max_tokens, self.ranks, stop.on_any_rank)
+        else:
+            result = evaluate(
+                self.model,
+                val,
+                self.tokenizer.token_bytes,
+                device=self.device,
+                batch_tokens=self.args.micro_batch * self.block_size,
+                max_tokens=max_tokens,
+                rank=self.ranks.rank,
+                world=self.ranks.world,
+                stopping=stop.on_any_rank,
+            )
         if result is None:
             return None
-        loss, bpb, tokens = result["loss"], result["bpb"], result["tokens"]
-        scores = f"val loss {loss:.4f} | val bpb {bpb:.4f}" if tokens else "no answers in the held-out samples"
-        self.ranks.say(f"step {state.step:>5} | {scores} | {tokens:,} tokens")
+        counted = f"{result['pairs']:,} pairs" if self.objective.NAMES else f"{result['tokens']:,} tokens"
+        self.ranks.say(f"step {state.step:>5} | {self.scores(result, ' | ')} | {counted}")
         if self.log and state.evaluated < state.step:
-            self.log.add(step=state.step, val_loss=loss, val_bpb=bpb)
+            names = ("loss", *(self.objective.NAMES or ("bpb",)))
+            self.log.add(step=state.step, **{f"val_{name}": result[name] for name in names})
         state.evaluated = state.step
         if self.ranks.rank == 0 and not self.args.shard:  # a sharded model runs on all ranks or on none
             self.sample(val, state.step)
         return result
 
+    def scores(self, result, between):
+        """What score found, in words."""
+        if not (result.get("tokens") or result.get("pairs")):
+            return "no answers in the held-out samples"
+        names = ("loss", *(self.objective.NAMES or ("bpb",)))
+        return between.join(f"val {name} {result[name]:.4f}" for name in names)
+
     def sample(self, val, seed):
-        """64 tokens that continue the first 8 of the held-out text."""
-        prompt = val[0][:8].tolist()
+        """64 tokens that continue the first 8 of the held-out text, or of a chat what comes before its first answer."""
+        counted = val.counted(0)
+        first = 8 if counted is None or not counted.any() else int(counted.argmax()) + 1
+        prompt = val[0][: min(first, max(8, self.block_size - 64))].tolist()
         ids = torch.tensor([prompt], device=self.device)
         generator = torch.Generator(self.device).manual_seed(seed)
         vocab_size = self.tokenizer.vocab_size
@@ -128,8 +165,7 @@ class Reporter:
         run = self.args.out
         if result:
             tokens = state.samples * self.block_size
-            scores = f"val loss {result['loss']:.4f}, val bpb {result['bpb']:.4f}"
-            scores = scores if result["tokens"] else "no answers in the held-out samples"
+            scores = self.scores(result, ", ")
             self.ranks.say(f"done: step {state.step}, {scores}, tokens {tokens}, {state.seconds:.0f} s")
             run = shlex.quote(str(run))
             self.ranks.say(f"next: python sample.py {run}    python eval.py {run}")

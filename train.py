@@ -3,6 +3,8 @@
     python train.py                                             # default data, demo model, 10 minutes on a laptop's CPU
     python train.py --data data/mine --out out/mine --steps 2000
     python train.py --resume                                    # continue after a stop, with the flags of the run
+    python train.py --recipe sft --data data/chat --init-from out/demo --out out/sft           # fine-tuning on chats
+    python train.py --recipe dpo --data data/pairs --init-from out/sft --out out/dpo           # on pairs of answers
     torchrun --nproc_per_node 4 train.py --preset small --data data/mine --steps 20000              # 4 GPUs
     torchrun --nproc_per_node 8 train.py --preset steel-1b --shard ...           # FSDP2: a model too large for one GPU
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...   # on both nodes
@@ -13,12 +15,12 @@ saves and exits; --resume continues from there as if nothing had happened.
 
 import argparse
 import contextlib
+import functools
 import gc
 import itertools
 import json
 import math
 import os
-import platform
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -28,8 +30,8 @@ import torch
 from checkpoint import (
     Log,
     Saver,
-    State,
     load,
+    make_state,
     newest_checkpoint,
     read_state,
     read_tensors,
@@ -38,16 +40,24 @@ from checkpoint import (
 )
 from common import can_compile, choose_device, keep_large_buffers
 from data import TokenData, batches, read_manifest, unserved
+from dpo import Preference, add_reference, weights_hash
 from eval import MAX_TOKENS
 from model import CHOICES, PRESETS, Config, Decoder, softmax_gradient
 from optim import load_optimizers, lr_factor, make_optimizers, scale_and_clip, update
 from parallel import Stop, apply_fsdp, exact_sums, run_rank, start_ranks, sum_over_ranks
 from prepare import prepare
-from report import Reporter, describe_run
+from report import Reporter, describe_machine, describe_run
 from tokenizer import load_tokenizer
 
 DEFAULT_DATA = "data/default"
 HASHED_BYTES = 1 << 30  # of the data, to check at each start: a second or two
+
+# Defaults of --recipe, which flags override: those of Steel-LLM (arXiv 2502.06635, sections 6.1 and 6.3)
+FINE_TUNING = {"optimizer": "adamw", "schedule": "cosine", "pack": True}
+RECIPES = {
+    "sft": FINE_TUNING | {"epochs": 4.0, "batch_documents": 256, "lr": 2e-5, "warmup": 0, "weight_decay": 0.0},
+    "dpo": FINE_TUNING | {"epochs": 3.0, "batch_documents": 128, "lr": 5e-6, "warmup": 0.1, "weight_decay": 0.1},
+}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -62,6 +72,11 @@ def get_args(argv=None, **defaults):
     add("--out", default="out/demo", help="run directory")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out, if any, with its flags")
     add("--init-from", metavar="PATH", help="start from these weights: a checkpoint, a run, or a Hugging Face folder")
+    add(
+        "--recipe",
+        choices=RECIPES,
+        help="defaults of fine-tuning on chats, or of preference tuning on pairs of answers",
+    )
     add("--seed", type=int, default=0, help="of the initialisation and of the order of the data")
     # How long, how much at a time
     length = parser.add_mutually_exclusive_group()
@@ -70,14 +85,18 @@ def get_args(argv=None, **defaults):
     length.add_argument("--minutes", type=float, help="length as time spent on steps; 10 if no length is given")
     add("--micro-batch", type=int, default=16, help="samples in one forward pass")
     add("--batch-tokens", type=int, help="tokens of a step, over all ranks; by default one micro-batch on each")
+    add("--batch-documents", type=int, help="instead: conversations, or pairs of answers, of a step, about")
     # Optimization
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="for the matrices; AdamW takes the rest")
     add("--lr", type=float, default=6e-3, help="peak learning rate; tuned for the demo model, larger ones want less")
     add("--weight-decay", type=float, default=0.1, help="of the matrices")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient; 0: no limit")
     add("--schedule", choices=("cosine", "wsd"), default="wsd", help="after the warm-up, down to 0")
-    add("--warmup", type=int, default=50, help="steps from 0 to the peak")
+    add("--warmup", type=float, default=50, help="steps from 0 to the peak; below 1: that share of the run")
     add("--decay", type=float, default=0.8, help="share of the run in which wsd falls")
+    add("--beta", type=float, default=0.1, help="dpo: how dear it is to leave the reference, the model of --init-from")
+    add("--label-smoothing", type=float, default=0.0, help="dpo: share of the pairs taken to be the wrong way round")
+    add("--sft-weight", type=float, default=0.0, help="dpo: weight of the chosen answers' own loss")
     # Now and then
     add("--eval-every", type=int, default=250, help="steps; 0: at the end only")
     add("--eval-tokens", type=int, default=32_768, help="held-out tokens to score along the way")
@@ -105,6 +124,9 @@ def get_args(argv=None, **defaults):
             add(flag(field.name), choices=CHOICES.get(field.name), default=argparse.SUPPRESS, **kind)
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
+    if args.recipe:
+        parser.set_defaults(**RECIPES[args.recipe] | {"epochs": None} | defaults)
+        args = parser.parse_args(argv)
     check_args(args, parser.error)
     return args
 
@@ -119,9 +141,10 @@ def check_args(args, error):
     if args.preset and args.init_from:
         error(f"--init-from brings a model of its own: leave --preset {args.preset} out")
     for names, low in (
-        ("steps micro_batch batch_tokens eval_tokens log_every keep", 1),
+        ("steps micro_batch batch_tokens batch_documents eval_tokens log_every keep", 1),
         ("minutes epochs", 0.01),
-        ("lr weight_decay clip warmup decay eval_every save_every keep_every", 0),
+        ("beta", 0.0001),
+        ("lr weight_decay clip warmup decay sft_weight label_smoothing eval_every save_every keep_every", 0),
     ):
         for name in names.split():
             value = getattr(args, name)
@@ -158,7 +181,7 @@ def open_run(args, argv, ranks):
     if args.steps or args.minutes or args.epochs:  # a new length replaces the old one
         flags = flags | {"steps": None, "minutes": None, "epochs": None}
     args = get_args(argv, **flags)
-    for name in ("seed", "optimizer", "preset", "init_from", "pack"):
+    for name in ("seed", "optimizer", "preset", "init_from", "pack", "recipe"):
         if getattr(args, name) != (was := flags.get(name, False)):
             began = f"the run began with {flag(name)} {was}"
             raise ValueError(f"--resume: {began}: leave the flag out, or change --out")
@@ -168,7 +191,8 @@ def open_run(args, argv, ranks):
 def check_world(args, ranks):
     """Set the default length, and refuse flags that this number of processes cannot have."""
     if args.steps is None and args.minutes is None and args.epochs is None:
-        args.minutes = 10.0
+        args.epochs = RECIPES[args.recipe]["epochs"] if args.recipe else None
+        args.minutes = None if args.recipe else 10.0
     if args.shard and ranks.world == 1:
         raise ValueError("--shard needs several processes: torchrun --nproc_per_node N train.py, or --no-shard")
     if args.exact and ranks.world & (ranks.world - 1):
@@ -207,6 +231,8 @@ def make_model(args, tokenizer, checkpoint, saved):
             raise ValueError(f"--resume: {other}: change --out")
         model = Decoder(config)
         model.load_state_dict(read_tensors(checkpoint / "model.pt"))
+    elif args.recipe and not args.init_from:
+        raise ValueError(f"--recipe {args.recipe} goes on from a trained model: name it with --init-from")
     elif args.init_from:
         origin, its_tokenizer, info = load(args.init_from)
         if its_tokenizer.content != tokenizer.content:
@@ -235,14 +261,24 @@ def open_data(args, block_size, saved, ranks):
     max_bytes = math.inf if args.verify else HASHED_BYTES
     seed = saved["step"] if saved else 0  # so that a run hashes other files at each start
     train, val = (TokenData(args.data, split, block_size, args.pack) for split in ("train", "val"))
+    if train.pairs != (args.recipe == "dpo"):
+        has = "pairs of answers" if train.pairs else "no pairs of answers"
+        fix = (
+            "--recipe dpo trains on them" if train.pairs else "--recipe sft trains on chats; pairs are in docs/data.md"
+        )
+        raise ValueError(f"{args.data} has {has}: {fix}")
     for split in (train, val):
         split.check_hashes(max_bytes, seed, ranks.local_rank, ranks.local_world)
     return train, val
 
 
-def count_micro_batches(args, block_size, samples, ranks):
+def count_micro_batches(args, data, ranks):
     """Micro-batches of a step on each rank. Sets args.batch_tokens where no flag has, and args.steps for --epochs."""
+    block_size, samples = data.block_size, len(data)
     one = args.micro_batch * block_size * ranks.world
+    if args.batch_documents and not args.batch_tokens:
+        tokens = args.batch_documents / data.documents * samples * block_size
+        args.batch_tokens = one * max(1, round(tokens / one))
     args.batch_tokens = args.batch_tokens or one
     n_micro, rest = divmod(args.batch_tokens, one)
     if rest:
@@ -266,36 +302,10 @@ def move_to_device(model, args, device, compiled, ranks):
     model.to(device)
 
 
-def make_state(args, data, device, saved):
-    """The state of a new run, or a saved one, whose data may have grown."""
-    if not saved:
-        return State.create(device, [[len(data), 0]])
-    names = ("phases", "recent", "skipped", "in_a_row", "step", "seconds")
-    state = {name: saved[name] for name in names}
-    if len(data) > state["phases"][-1][0]:
-        state["phases"].append([len(data), 0])
-    new_flags = any(getattr(args, name) != saved["args"][name] for name in ("lr", "batch_tokens"))
-    if new_flags or state["phases"][-1][1] == 0:
-        state["recent"] = []  # losses to come need not be like those before
-    return State.create(device, **state)
-
-
-def describe_machine(args, device, compiled, ranks):
-    """What must stay the same for a resumed run to give the same bits."""
-    return {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "world": ranks.world,
-        "shard": args.shard,
-        "compile": compiled,
-        "device": device,
-        "cpu": platform.machine(),
-    }
-
-
-def run_constants(args, model, data):
+def run_constants(args, model, data, saved):
     """The parts of state.json that do not change during a run."""
     return {
+        "reference": saved.get("reference") if saved else weights_hash(model) if args.recipe == "dpo" else None,
         "chat": data.mostly_chat(),
         "config": asdict(model.config),
         "args": vars(args)
@@ -303,6 +313,14 @@ def run_constants(args, model, data):
         | ({"steps": None} if args.epochs else {}),  # they follow from the data, which may grow
         "shards": data.shard_hashes(),
     }
+
+
+def reference_model(model, args, constants, saved):
+    """The model of --init-from: at the start of the run, the model itself."""
+    origin = load(args.init_from)[0] if saved else model
+    if saved and weights_hash(origin) != constants["reference"]:
+        raise ValueError(f"--resume: {args.init_from} is not the model that the run began with: bring it back")
+    return origin.to(model.embedding.device)
 
 
 def check_resume(args, data, machine, checkpoint, saved, ranks):
@@ -334,32 +352,42 @@ def dry_run(args):
 # A step
 
 
-def gradients(model, micro_batches, args, ranks, device):
-    """Set every gradient to that of the step's sum of nats -> nats, count of targets: tensors, sums over all ranks."""
+class Likelihood:
+    """The objective but for --recipe dpo: nats of the targets. Sums over a micro-batch, as those of dpo.Preference."""
+
+    NAMES = ()
+
+    def __call__(self, model, ids, targets):
+        """[B, T] each -> [2]: the nats, and how many targets count."""
+        nats = model(ids, targets, reduction="sum")
+        return torch.stack([nats, (targets >= 0).sum().to(nats.dtype)])
+
+
+def gradients(model, objective, micro_batches, args, ranks, device):
+    """Set every gradient to that of the step's sum of the objective -> its sums over all ranks, [2 + its NAMES]."""
     params = list(model.parameters())
 
     def forward(i):
-        ids, targets = (a.to(device, non_blocking=True) for a in micro_batches[i])
+        arrays = (a.to(device, non_blocking=True) for a in micro_batches[i])
         with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
-            nats = model(ids, targets, reduction="sum")
-        return nats, (targets >= 0).sum().to(nats.dtype)
+            return objective(model, *arrays)
 
     def micro_sums(i):
-        nats, count = forward(i)
-        return [nats.detach(), count, *torch.autograd.grad(nats, params)]
+        sums = forward(i)
+        return [sums.detach(), *torch.autograd.grad(sums[0], params)]
 
     if args.exact:
-        nats, count, *sums = exact_sums(micro_sums, len(micro_batches), ranks)
+        totals, *sums = exact_sums(micro_sums, len(micro_batches), ranks)
         for p, gradient in zip(params, sums):
             p.grad = gradient.contiguous()  # fused AdamW on a CPU reads it in the order of memory
-        return nats, count
-    totals = torch.zeros(2, device=device)
+        return totals
+    totals = 0
     for i in range(len(micro_batches)):
-        nats, count = forward(i)
-        nats.backward()
-        totals += torch.stack([nats.detach(), count])
+        sums = forward(i)
+        sums[0].backward()
+        totals = totals + sums.detach()
     sum_over_ranks([totals] if args.shard else [*(p.grad for p in params), totals])  # FSDP has summed the gradients
-    return totals.unbind()
+    return totals
 
 
 @contextlib.contextmanager
@@ -397,13 +425,18 @@ def main(argv=None):
     check_ranks_agree(args, checkpoint, ranks)
     tokenizer = load_tokenizer(args.data)
     model = make_model(args, tokenizer, checkpoint, saved)
+    objective = Preference(args.beta, args.label_smoothing, args.sft_weight) if args.recipe == "dpo" else Likelihood()
     data, val = open_data(args, model.config.block_size, saved, ranks)
-    n_micro = count_micro_batches(args, model.config.block_size, len(data), ranks)
+    n_micro = count_micro_batches(args, data, ranks)
     compiled = can_compile(device) if args.compile is None else args.compile
     machine = describe_machine(args, device, compiled, ranks)
     if checkpoint:
         check_resume(args, data, machine, checkpoint, saved, ranks)
+    constants = run_constants(args, model, data, saved)
     move_to_device(model, args, device, compiled, ranks)
+    if args.recipe == "dpo":
+        reference = functools.partial(reference_model, model, args, constants, saved)
+        add_reference((data, val), constants["reference"], reference, args.micro_batch, ranks)
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
     state = make_state(args, data, device, saved)
     if checkpoint:
@@ -411,11 +444,13 @@ def main(argv=None):
     if ranks.rank == 0 and not log:  # only now: a run that is refused leaves no folder
         log = Log(Path(args.out))
     state.evaluated = ranks.from_rank_0(log.cut(state.step) if log else 0)
-    saver = Saver(args, tokenizer, log, ranks, constants={**run_constants(args, model, data), "machine": machine})
+    if args.recipe and not checkpoint:
+        state.evaluated = -1  # what the model was before is worth a line
+    saver = Saver(args, tokenizer, log, ranks, constants={**constants, "machine": machine})
     saver.last = state.step if checkpoint else None
     stop = Stop(args.out, compiled, ranks)
     describe_run(args, model, data, n_micro, machine, ranks)
-    reporter = Reporter(args, model, data, tokenizer, log, ranks, state)
+    reporter = Reporter(args, model, objective, data, tokenizer, log, ranks, state)
 
     first_step, clock = state.step + 1, time.perf_counter()
     for micro_batches in batches(data, state.phases, args.seed, ranks, n_micro, args.micro_batch, device):
@@ -427,8 +462,8 @@ def main(argv=None):
             clock = time.perf_counter()
 
         with out_of_memory_advice(args, n_micro):
-            nats, count = gradients(model, micro_batches, args, ranks, device)
-        loss = nats / count
+            sums = gradients(model, objective, micro_batches, args, ranks, device)
+        loss, count = sums[0] / sums[1], sums[1]
         norm = scale_and_clip(model.parameters(), count, args.clip)
         lr = args.lr * lr_factor(state.step, state.progress(args), args)
         update(optimizers, lr, skip=state.judge(loss, norm, count))
@@ -443,7 +478,7 @@ def main(argv=None):
             gc.collect()
             gc.freeze()  # what is there now stays: the garbage collector need not look at it again
         if log_now:
-            reporter.line(state, loss.item(), norm.item(), lr, int(count))
+            reporter.line(state, sums.tolist(), norm.item(), lr)
         if state.due(args.save_every) and not state.in_a_row:
             saver.save(model, optimizers, state)
         clock = time.perf_counter()

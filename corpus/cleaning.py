@@ -9,20 +9,21 @@ from corpus.documents import Document
 from corpus.examples import keep_changed, keep_dropped
 from corpus.ledger import MAX_NAMED, count, count_removed
 from corpus.pipelines import clean, split_long
+from corpus.rows import exam_as
 from corpus.work import code_digest, digest_of, progress, read_work, write_work
 from data import write_array
 
 BATCH_CHARACTERS = 200_000  # of documents whose fingerprints are made at once: numpy needs long arrays
 
 
-def clean_part(part, work, pipeline="auto", judge_chats=False, show_dropped=0, show_changed=0):
+def clean_part(part, work, pipeline="auto", exams="text", judge_chats=False, show_dropped=0, show_changed=0):
     """Read and clean one part -> a dict that says what was found, with the KEY of two files in .work.
 
     KEY.jsonl has the documents that are left, KEY.hashes.npy [documents, 6] uint64 of each: two halves of its hash, two
     words of its fingerprint, its characters as read, the index of its source in the dict's "sources".
     """
     identity = [part.source, part.sha256, part.start, part.stop, list(map(str, part.paths))]
-    choices = [pipeline, judge_chats, show_dropped, show_changed]
+    choices = [pipeline, exams, judge_chats, show_dropped, show_changed]
     key = digest_of("clean", code_digest(), identity, choices)
     if result := read_work(work, key):
         progress(result["documents"], part.size)
@@ -51,10 +52,10 @@ def clean_part(part, work, pipeline="auto", judge_chats=False, show_dropped=0, s
     return write_work(work, key, result)
 
 
-def cleaned_documents(part, result, pipeline, judge_chats, show_dropped, show_changed):
+def cleaned_documents(part, result, pipeline, exams, judge_chats, show_dropped, show_changed):
     """Yield (document, source, characters as read) of the documents that cleaning keeps; count all in `result`."""
     position = 0
-    for where, document in split_documents(part, pipeline):
+    for where, document in split_documents(part, pipeline, exams):
         characters = len(document.text)
         source = document.source(part.source)
         count(result["ledger"], source, "read", characters)
@@ -86,9 +87,10 @@ def cleaned_documents(part, result, pipeline, judge_chats, show_dropped, show_ch
     progress(result["documents"] % 100, part.size - position)
 
 
-def split_documents(part, pipeline):
-    """Yield (where, document) of a part, with each text that is too long in pieces."""
+def split_documents(part, pipeline, exams):
+    """Yield (where, document) of a part, with exams in their form and each text that is too long in pieces."""
     for where, document in part.documents():
+        document = exam_as(document, exams) if document.kind == "exam" else document
         for piece in split_long(document, pipeline):
             yield where, piece
 

@@ -1,4 +1,4 @@
-"""Document: a text, a program or a conversation.
+"""Document: a text, a program, a conversation or a pair of answers.
 
 document = Document([{"role": "user", "content": "你好"}, {"role": "assistant", "content": "您好"}], "chat")
 document = document.map(str.strip)              # of a chat: each message
@@ -9,15 +9,18 @@ import hashlib
 import json
 from typing import NamedTuple
 
+import numpy as np
+
 MAX_NAME = 200  # bytes of the name of a source; a shard's name adds up to 40
 JSON = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one at each call
 
 
 class Document(NamedTuple):
-    """A text, a program or a conversation.
+    """A text, a program, a conversation or a pair of answers.
 
-    content      the text, or the messages of a chat: [{"role": system, user or assistant, "content": text}, ...]
-    kind         text, code or chat
+    content      the text, or the messages of a chat: [{"role": system, user or assistant, "content": text}, ...]; those
+                 of a pair end with two answers to the same, of the roles chosen and rejected
+    kind         text, code, chat, pair, or exam (a question that rows.exam_as makes a text or a chat)
     format       the known corpus that the row is from: it becomes part of the source's name
     dropped_by   why it is dropped before any operator sees it
     problem      why the row is malformed; content is then what was read
@@ -51,7 +54,30 @@ class Document(NamedTuple):
         """A chat without empty messages, consecutive ones of one role joined. Text and code stay as they are."""
         if isinstance(self.content, str):
             return self
-        return Document(messages_of((message["role"], message["content"]) for message in self.content), *self[1:])
+        pairs = ((message["role"], message["content"]) for message in self.content)
+        return Document(messages_of(pairs, dict(zip(OURS, OURS))), *self[1:])
+
+    def answered(self, role):
+        """Of a pair, the chat that ends with its answer of a role, chosen or rejected."""
+        *prompt, chosen, rejected = self.content
+        return [*prompt, (chosen if role == "chosen" else rejected) | {"role": "assistant"}]
+
+    def encode(self, tokenizer):
+        """-> ids [n] uint32 and, but for text and code, which of them count in the loss [n] uint8, else None.
+
+        A pair is two chats with an end of document between them; of each the last answer counts.
+        """
+        if isinstance(self.content, str):
+            return tokenizer.encode_array(self.content), None
+        ids, mask = [], []
+        for messages in [self.answered("chosen"), self.answered("rejected")] if self.kind == "pair" else [self.content]:
+            own_ids, own_mask = tokenizer.encode_chat(messages)
+            if self.kind == "pair":
+                prompt_ids, _ = tokenizer.encode_chat(messages[:-1])
+                own_mask = [0] * len(prompt_ids) + own_mask[len(prompt_ids) :]
+            ids += [*([tokenizer.eos_id] if ids else []), *own_ids]
+            mask += [*([0] if mask else []), *own_mask]
+        return np.array(ids, dtype=np.uint32), np.array(mask, dtype=np.uint8)
 
     def source(self, name):
         """The name of its source, given that of the input: a known corpus is a source of its own.
@@ -80,7 +106,8 @@ class Document(NamedTuple):
         return cls(content, kind, format)
 
 
-ROLES = {  # names of roles -> ours
+OURS = ("system", "user", "assistant", "chosen", "rejected")
+ROLES = {  # names of roles in a chat -> ours
     "human": "user",
     "user": "user",
     "system": "system",
@@ -93,16 +120,16 @@ ROLES = {  # names of roles -> ours
 }
 
 
-def messages_of(pairs):
+def messages_of(pairs, roles=ROLES):
     """(role, text) pairs -> messages. Consecutive texts of one role become one message, empty ones are dropped.
 
-    Roles may have any of the names in ROLES; ValueError for another.
+    roles: names -> ours; ValueError for another name.
     """
     turns = []  # [role, its texts]
     for name, text in pairs:
-        role = ROLES.get(str(name).lower())
+        role = roles.get(str(name).lower())
         if role is None:
-            raise ValueError(f"a turn of {name!r}, expected one of {', '.join(ROLES)}: leave such conversations out")
+            raise ValueError(f"a turn of {name!r}, expected one of {', '.join(roles)}: leave such conversations out")
         if join_lines(text):
             if not turns or turns[-1][0] != role:
                 turns.append((role, []))

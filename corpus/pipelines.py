@@ -112,7 +112,7 @@ CHINESE = 0.2  # "auto" takes a text for Chinese if this share of its letters is
 
 def pipeline_of(document, choice="auto"):
     """The name of the pipeline for a document: `choice`, but "auto" goes by the document, and a chat is not prose."""
-    if document.kind == "chat" and choice in ("auto", "zh", "en"):
+    if document.kind in ("chat", "pair") and choice in ("auto", "zh", "en"):
         return "chat"
     if choice == "auto":
         return "code" if document.kind == "code" else language(document.text)
@@ -131,8 +131,9 @@ def language(text):
 def clean(document, pipeline="auto", judge_chats=False, watch=None):
     """Clean a document and judge it -> (document, what drops it, or None if it is kept).
 
-    Each message of a chat is cleaned by itself. Of a chat, each side is judged by itself: all that the user says, and
-    all that the assistant says; with judge_chats by the filters of its language too.
+    Each message of a chat is cleaned by itself; a pair whose answers are then equal is dropped. Of a chat, each side is
+    judged by itself: all that the user says, and all that the assistant says; with judge_chats by the filters of its
+    language too.
     pipeline: one of PIPELINES; "auto": code, chat, zh or en, by the document; "none": drop only what is malformed or
     empty. watch(mapper's name, before, after): called where a mapper changes a text.
     """
@@ -145,8 +146,10 @@ def clean(document, pipeline="auto", judge_chats=False, watch=None):
         return cleaned, "empty"
     name = pipeline_of(cleaned, pipeline)
     cleaned = cleaned.map(lambda text: apply_mappers(text, name, watch)).merge_turns()
-    if cleaned.roles != document.roles or "assistant" not in cleaned.roles:
+    if cleaned.roles != document.roles or not cleaned.roles & {"assistant", "chosen"}:
         return cleaned, "empty"  # cleaning has left nothing of what one side says, or nobody answers
+    if document.kind == "pair" and cleaned.answered("chosen") == cleaned.answered("rejected"):
+        return cleaned, "equal_answers"
     if name != "chat":
         return cleaned, filtered_by(cleaned.text, name)
     for side in sides(cleaned):
@@ -157,11 +160,16 @@ def clean(document, pipeline="auto", judge_chats=False, watch=None):
 
 
 def sides(chat):
-    """What the user says, and what the assistant says, one string each; of a chat without questions only the latter."""
-    said = {"user": [], "assistant": [], "system": []}
+    """What the user says, and what the assistant says, one string each; of a chat without questions only the latter.
+
+    The chosen answer of a pair is the assistant's; the rejected one may be as bad as it likes.
+    """
+    said = {"user": "user", "assistant": "assistant", "chosen": "assistant"}
+    sides = {"user": [], "assistant": []}
     for message in chat.content:
-        said[message["role"]].append(message["content"])
-    return ["\n".join(said[role]) for role in ("user", "assistant") if said[role]]
+        if message["role"] in said:
+            sides[said[message["role"]]].append(message["content"])
+    return ["\n".join(texts) for texts in sides.values() if texts]
 
 
 def apply_mappers(text, pipeline, watch=None):
@@ -194,7 +202,7 @@ SPLIT_AT = ("\n\n", "\n", "\r", "。", "！", "？", ". ", " ")  # from the best
 def split_long(document, choice="auto"):
     """A text that is too long for its pipeline, as documents of about equal length cut at paragraphs or sentences."""
     text = document.content
-    longest = inf if document.kind == "chat" else PIPELINES[pipeline_of(document, choice)].longest
+    longest = inf if document.kind in ("chat", "pair") else PIPELINES[pipeline_of(document, choice)].longest
     if document.problem or len(text) <= longest:
         return [document]
     size = len(text) // -(-len(text) // int(0.9 * longest))  # below the bound: the last piece gets what others leave

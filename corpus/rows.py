@@ -3,7 +3,8 @@
     document = document_of({"messages": [{"role": "user", "content": "你好"}, ...]})
 
 Known are the corpora that Steel-LLM (arXiv 2502.06635, section 2) was trained on, as their publishers ship them, and
-the usual forms of chat. What belongs to a conversation is taken over or refused by name, never left out in silence.
+the usual forms of chat and of pairs of answers. What belongs to a conversation is taken over or refused by name, never
+left out in silence.
 """
 
 import json
@@ -28,8 +29,9 @@ def document_of(row, folder=""):
     if not isinstance(row, dict):
         raise ValueError(f"no text in a row of type {type(row).__name__}")
     found = with_value(row)
-    if {"chosen", "rejected"} <= found.keys():
-        raise ValueError("chosen and rejected, a pair of answers: expected a text, a program or a conversation")
+    for chosen, rejected in ANSWERS:
+        if (chosen in found) != (rejected in found) and {chosen, rejected} <= row.keys():
+            raise ValueError(f"{chosen if chosen not in found else rejected} is empty: a pair needs two answers")
     for needed, optional, read_row in ROW_READERS:
         if needed <= found.keys():
             return read_row({name: found[name] for name in needed | optional if name in found}, folder)
@@ -122,6 +124,57 @@ def text_of(content):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Pairs of answers
+
+PROMPTS = ("conversations", "prompt", "question", "instruction")  # fields that hold what is answered
+
+
+def pair_in(*answers):
+    """A reader of a prompt and two answers, each a text or turns; the turns of an answer may begin with the prompt."""
+
+    def read(row, folder):
+        name = next((name for name in PROMPTS if name in row), None)
+        if name is None:
+            prompt = []
+        elif isinstance(row[name], list) or name == "conversations":
+            prompt = turns_of(row, name)
+        else:
+            prompt = [("user", join_lines(row[name], row.get("input")))]
+        sides = [chat(row, answered(prompt, row, name), "").content for name in answers]
+        return pair_of(*sides)
+
+    return read
+
+
+def answered(prompt, row, name):
+    """The turns of a prompt and of the answer in a field. ValueError where the field has another prompt."""
+    if isinstance(row[name], str):
+        return [*prompt, ("assistant", row[name])]
+    turns = pairs_of(row[name], name) if isinstance(row[name], dict) else turns_of(row, name)
+    whole = messages_of(turns)
+    if all(message["role"] == "assistant" for message in whole):
+        return [*prompt, *turns]
+    if any(message not in whole for message in messages_of(prompt)):
+        raise ValueError(f"{name} does not begin with the prompt of its row")
+    return turns
+
+
+def pair_of(chosen, rejected):
+    """Two chats that differ in their last answer -> the Document of their pair. ValueError for any others."""
+    for name, messages in (("chosen", chosen), ("rejected", rejected)):
+        if not messages or messages[-1]["role"] != "assistant":
+            raise ValueError(f"{name}: expected an answer at its end")
+    if chosen[:-1] != rejected[:-1]:
+        raise ValueError("chosen and rejected answer different prompts")
+    if chosen == rejected:
+        raise ValueError("chosen and rejected are equal")
+    if all(message["role"] != "user" for message in chosen):
+        raise ValueError("chosen and rejected: expected a prompt before the answers")
+    answers = [messages[-1] | {"role": role} for role, messages in (("chosen", chosen), ("rejected", rejected))]
+    return Document([*chosen[:-1], *answers], "pair", "pairs")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # A reader for each form: (the fields that have a value, folder) -> Document
 
 
@@ -146,9 +199,29 @@ def exchange(question, answer, format, more=None):
 
 def wanjuan_exam(row, folder):
     options = [f"{letter.upper()}. {row[key]}" for letter in "abcde" if (key := f"option_{letter}") in row]
-    labels = (("标准答案：", "std_ans"), ("解析：", "answer_detail"))
-    answers = [label + join_lines(row[key]) for label, key in labels if key in row]
-    return Document(join_lines(row["q_main"], *options, *answers), format="wanjuan_exam")
+    fields = (row["q_main"], join_lines(*options), row.get("std_ans"), row.get("answer_detail"))
+    fields = [join_lines(field) for field in fields]
+    return Document([{"role": role, "content": text} for role, text in zip(EXAM, fields)], "exam", "wanjuan_exam")
+
+
+EXAM = ("question", "options", "answer", "explanation")  # roles of an exam's messages
+EXAM_FORMS = ("text", "chat", "reasoning")
+
+
+def exam_as(document, form):
+    """The Document of an exam question in a form: a text, or a chat in Steel-LLM's template (its sft/convert scripts).
+
+    chat answers and then explains; reasoning explains and then answers. Without an explanation both only answer.
+    """
+    question, options, answer, explanation = (message["content"] for message in document.content)
+    labels = ("标准答案：" + answer if answer else "", "解析：" + explanation if explanation else "")
+    if form == "text" or not answer:
+        return Document(join_lines(question, options, *labels), format=document.format)
+    explains_first = form == "reasoning" and explanation
+    request = "请先给出解释再给出答案。" if explains_first else "请给出答案。"
+    asked = join_lines("以下是一道单选题:" if options else "以下是一道题:", question, options, request)
+    said = f"{explanation}答案为{answer}" if explains_first else f"{answer}。{explanation}"
+    return Document(messages_of([("user", asked), ("assistant", said)]), "chat", document.format)
 
 
 def baike(row, folder):
@@ -194,11 +267,13 @@ def code_or_text(row, folder):
 
 STARCODER_TAGS = re.compile(r"\A(?:<(?:reponame|filename|gh_stars)>[^<\n]*)+\n?")
 OPTIONS = {f"option_{letter}" for letter in "abcde"}
+ANSWERS = [("chosen", "rejected"), ("chosen_response", "rejected_response")]
 STARS = {"max_stars_repo_name", "max_stars_repo_path", "max_stars_count"}
 
 # (fields that must have a value, fields that may have one, reader). The first whose fields have values reads the row;
 # it sees no other fields, and of a .parquet file no other columns are read.
 ROW_READERS = [
+    *(({*answers}, {*PROMPTS, "input", *OF_CHATS}, pair_in(*answers)) for answers in ANSWERS),
     ({"q_main"}, {*OPTIONS, "std_ans", "answer_detail"}, wanjuan_exam),
     ({"title", "sections"}, {"summary"}, baike),
     ({"question", "answer"}, OF_CHATS, exchange("question", "answer", "qa")),
@@ -222,4 +297,4 @@ ROW_READERS = [
     ({"text"}, set(), lambda row, folder: Document(join_lines(row["text"]))),
     ({"title", "summary"}, set(), baike),
 ]
-FIELDS = {"chosen", "rejected"}.union(*(needed | optional for needed, optional, _ in ROW_READERS))
+FIELDS = set().union(*(needed | optional for needed, optional, _ in ROW_READERS))

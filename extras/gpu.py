@@ -16,7 +16,7 @@ from extras.timing import autocast, median_seconds, timed
 from model import PRESETS, Config, Decoder, cross_entropy, place_tokens
 from optim import make_optimizers, scale_and_clip, update
 from parallel import Ranks
-from sample import generate
+from sample import compile_step, generate
 from train import get_args, move_to_device
 
 BATCH_TOKENS = 1 << 19
@@ -175,7 +175,7 @@ def decode_rows(name="small", prompt=64, new=64):
             model = transformers_model(shape) if kind == "transformers" else Decoder(shape)
         model = model.to(torch.bfloat16).eval()
         if kind != "transformers":
-            model.compile_step()
+            compile_step(model)
         for batch in (1, 64):
             ids = torch.randint(config.vocab_size, (batch, prompt), device="cuda")
 

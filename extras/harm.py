@@ -19,7 +19,7 @@ from collections import Counter
 from corpus.default import fetch, read_newspaper, read_novel, read_reviews, read_stdlib
 from corpus.documents import Document
 from corpus.pipelines import clean, split_long
-from corpus.rows import document_of
+from corpus.rows import document_of, exam_as
 
 EACH = 60  # documents of a kind
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -119,7 +119,12 @@ class Good:
             },
             "row: starcoder": lambda: {"max_stars_count": 3, "content": self.chosen.choice(self.files)},
         }
-        return {kind: lambda make=make: document_of(make(), "python") for kind, make in rows.items()}
+
+        def read(make):
+            document = document_of(make(), "python")
+            return exam_as(document, "text") if document.kind == "exam" else document
+
+        return {kind: lambda make=make: read(make) for kind, make in rows.items()}
 
     def chats(self):
         return {

@@ -29,7 +29,7 @@ from extras.speed_data import benchmark_data
 from extras.speed_runs import benchmark_run, draw_curves
 from extras.timing import autocast, median_seconds, peak_memory
 from model import PRESETS, Config, Decoder, Dense, SoftMoE, place_tokens, softmax_gradient
-from sample import generate
+from sample import compile_step, generate
 
 COMMANDS = ("layer", "speed", "scale", "run", "data", "curve", "gpu")
 
@@ -256,7 +256,7 @@ def benchmark_decoding(config, args, new=128):
         models[name] = Decoder(shape)
         if args.compile:
             models[name + ", compiled"] = Decoder(shape)
-            models[name + ", compiled"].compile_step()
+            compile_step(models[name + ", compiled"])
     models["transformers"] = transformers_model(config)
     for model in models.values():
         model.to(args.device).eval()

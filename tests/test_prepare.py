@@ -19,7 +19,7 @@ from corpus import default
 from corpus.default import fetch, read_novel
 from corpus.mappers import clean_text
 from corpus.work import folder_lock
-from data import TokenData, inputs_and_targets
+from data import TokenData, inputs_and_targets, shard_path
 from prepare import outcomes_of
 from tokenizer import load_tokenizer
 
@@ -626,3 +626,39 @@ def test_two_runs_in_one_folder_do_not_meet(raw, tmp_path):
     with folder_lock(tmp_path):
         result = python("prepare.py", raw / "0.jsonl", "--out", tmp_path, ok=False)
     refused(result, f"another prepare.py is at work in {tmp_path}")
+
+
+def test_pairs_go_into_shards_of_their_own_with_both_answers_in_one_document(tmp_path):
+    pairs = [
+        {"prompt": f"第{i}问是什么意思？", "chosen": f"第{i}个好的回答。", "rejected": f"坏的回答，第{i}个。"}
+        for i in range(40)
+    ]
+    pairs.append({"prompt": "链接", "chosen": "答 http://a.cn", "rejected": "答 http://b.cn"})  # equal once cleaned
+    flags = ["--vocab-size", "300", "--workers", "1"]
+    call("prepare.py", write_jsonl(tmp_path / "a.jsonl", pairs), "--out", tmp_path / "out", *flags)
+    manifest = read_manifest(tmp_path / "out")
+    ledger = manifest["ledger"]["a-pairs"]
+    assert ledger["filtered"]["equal_answers"][0] == 1 and ledger["kept"][0] == 40
+    assert all(shard["pairs"] for shard in manifest["shards"])
+    tokenizer, found = load_tokenizer(tmp_path / "out"), []
+    for shard in manifest["shards"]:
+        tokens, ends, mask = (
+            np.load(shard_path(tmp_path / "out", shard["name"], kind)) for kind in ("tokens", "ends", "mask")
+        )
+        for start, stop in zip([0, *ends[:-1].tolist()], ends.tolist()):
+            ids, counted = tokens[start:stop].tolist(), mask[start:stop].astype(bool)
+            cut = ids.index(tokenizer.eos_id)
+            assert ids[-1] == tokenizer.eos_id and ids.count(tokenizer.eos_id) == 2
+            sides = [(ids[:cut], counted[:cut]), (ids[cut + 1 : -1], counted[cut + 1 : -1])]
+            found.append([tokenizer.decode(np.array(side)[kept][:-1].tolist()) for side, kept in sides])
+            asked = [tokenizer.decode(side).split("assistant\n")[0] for side, _ in sides]
+            assert asked[0] == asked[1]
+    assert sorted(found) == sorted([pair["chosen"], pair["rejected"]] for pair in pairs[:40])
+
+
+def test_exams_as_chats_have_a_mask(tmp_path):
+    exams = [{"q_main": f"{i}加一等于几？", "option_a": "甲", "option_b": "乙", "std_ans": "A"} for i in range(30)]
+    path, flags = write_jsonl(tmp_path / "a.jsonl", exams), ["--vocab-size", "300", "--workers", "1"]
+    for form, has_mask in (("text", False), ("chat", True), ("reasoning", True)):
+        call("prepare.py", path, "--out", tmp_path / form, "--exams", form, *flags)
+        assert all(("mask" in shard["sha256"]) == has_mask for shard in read_manifest(tmp_path / form)["shards"])

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from corpus.documents import Document
-from corpus.rows import FIELDS, document_of
+from corpus.rows import FIELDS, document_of, exam_as
 
 
 def messages(*contents, first="user"):
@@ -48,6 +48,13 @@ STARCODER = {
     "content": "<reponame>u/r<filename>a.py\nimport os\n",
 }
 
+
+def exam(*texts):
+    roles = ("question", "options", "answer", "explanation")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
+    return Document(messages, "exam", "wanjuan_exam")
+
+
 ROWS = {
     "plain": ({"text": "天地玄黄"}, Document("天地玄黄")),
     "skypile with more fields": ({"text": "天地玄黄", "meta": {"url": "u"}}, Document("天地玄黄")),
@@ -55,11 +62,11 @@ ROWS = {
     "wanjuan": ({"id": "BkQQ", "content": "天地玄黄"}, Document("天地玄黄")),
     "wanjuan exam": (
         EXAM,
-        Document("一加一等于几？\nA. 1\nB. 2\nC. 3\nD. 4\n标准答案：B\n解析：算术。", format="wanjuan_exam"),
+        exam("一加一等于几？", "A. 1\nB. 2\nC. 3\nD. 4", "B", "算术。"),
     ),
     "wanjuan exam without options": (
         {"q_main": "何谓道？", "option_a": None, "option_b": "", "std_ans": "不可说", "answer_detail": None},
-        Document("何谓道？\n标准答案：不可说", format="wanjuan_exam"),
+        exam("何谓道？", "", "不可说", ""),
     ),
     "wikipedia": (
         {"completion": "昭通机场是中国的机场。", "source": "wikipedia.zh2307"},
@@ -254,8 +261,75 @@ MALFORMED = [
     ({"messages": [USER, ANSWER | {"tool_calls": [{}]}]}, "tool_calls: the chat template has no place"),
     ({"input": "问", "reasoning_content": "想", "content": "答"}, "reasoning_content: the chat template has no place"),
     ({"conversations": [USER, ANSWER], "tools": '[{"name": "f"}]'}, "tools: the chat template has no place"),
-    ({"prompt": "问", "chosen": "答", "rejected": "不"}, "chosen and rejected, a pair of answers: expected a text"),
+    ({"prompt": "问", "chosen": "答", "rejected": "答"}, "chosen and rejected are equal"),
+    ({"prompt": "问", "chosen": "答", "rejected": ""}, "rejected is empty: a pair needs two answers"),
+    ({"prompt": "问", "chosen": [], "rejected": "答"}, "chosen is empty: a pair needs two answers"),
+    ({"chosen": "答", "rejected": "不"}, "expected a prompt before the answers"),
+    ({"chosen": [USER, ANSWER], "rejected": [USER]}, "rejected: expected an answer at its end"),
+    (
+        {"chosen": [USER, ANSWER], "rejected": [USER | {"content": "别的"}, ANSWER | {"content": "不"}]},
+        "chosen and rejected answer different prompts",
+    ),
+    (
+        {"prompt": "另问", "chosen": [USER, ANSWER], "rejected": [USER, ANSWER | {"content": "不"}]},
+        "chosen does not begin with the prompt of its row",
+    ),
+    ({"prompt": "问", "chosen": "答", "rejected": "不", "tools": "[{}]"}, "tools: the chat template has no place"),
+    ({"prompt": "问", "chosen": 3, "rejected": "不"}, "chosen: expected a list of turns, found 3"),
 ]
+
+
+SIDES = [{"role": "chosen", "content": "好"}, {"role": "rejected", "content": "坏"}]
+GOOD, BAD = ANSWER | {"content": "好"}, ANSWER | {"content": "坏"}
+PAIRS = {
+    "minimind, UltraFeedback": {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    "a prompt and texts": {"prompt": USER["content"], "chosen": "好", "rejected": "坏"},
+    "a prompt and whole lists": {
+        "prompt": USER["content"],
+        "chosen": [USER, GOOD],
+        "rejected": [USER, BAD],
+        "score": 1,
+    },
+    "turns and lists": {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+    "opencsg": {"instruction": USER["content"], "chosen_response": "好", "rejected_response": "坏"},
+    "an instruction": {"instruction": USER["content"], "input": "", "chosen": "好", "rejected": "坏"},
+    "orca": {"question": USER["content"], "system": "", "chosen": "好", "rejected": "坏"},
+    "LLaMA-Factory": {
+        "conversations": [{"from": "human", "value": USER["content"]}],
+        "chosen": {"from": "gpt", "value": "好"},
+        "rejected": {"from": "gpt", "value": "坏"},
+    },
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_of_answers_in_the_forms_that_people_publish(name):
+    assert document_of(PAIRS[name]) == Document([USER, *SIDES], "pair", "pairs")
+
+
+@pytest.mark.quick
+def test_a_pair_keeps_its_system_turn_its_history_and_earlier_turns():
+    row = {"instruction": "二", "history": [["一", "1"]], "system": "短", "chosen": "好", "rejected": "坏"}
+    turns = [("system", "短"), ("user", "一"), ("assistant", "1"), ("user", "二"), ("chosen", "好"), ("rejected", "坏")]
+    pair = document_of(row)
+    assert [(message["role"], message["content"]) for message in pair.content] == turns
+    assert pair.answered("rejected") == [*pair.content[:-2], {"role": "assistant", "content": "坏"}]
+    assert pair.merge_turns() == pair == Document.from_json(pair.to_json())
+    long = {"chosen": [*pair.content[:-2], GOOD], "rejected": [*pair.content[:-2], BAD]}
+    assert document_of(long) == pair
+
+
+@pytest.mark.quick
+def test_exams_as_texts_and_as_chats_in_the_template_of_steel_llm():
+    full, bare = exam("一加一？", "A. 1\nB. 2", "B", "算术。"), exam("何谓道？", "", "不可说", "")
+    text = Document("一加一？\nA. 1\nB. 2\n标准答案：B\n解析：算术。", format="wanjuan_exam")
+    assert exam_as(full, "text") == text and exam_as(bare, "text").content == "何谓道？\n标准答案：不可说"
+    said = {form: [message["content"] for message in exam_as(full, form).content] for form in ("chat", "reasoning")}
+    assert said["chat"] == ["以下是一道单选题:\n一加一？\nA. 1\nB. 2\n请给出答案。", "B。算术。"]
+    assert said["reasoning"] == ["以下是一道单选题:\n一加一？\nA. 1\nB. 2\n请先给出解释再给出答案。", "算术。答案为B"]
+    assert exam_as(bare, "reasoning").content[1]["content"] == "不可说。"
+    assert exam_as(exam("何谓道？", "", "", "深。"), "chat").kind == "text"
 
 
 @pytest.mark.quick
@@ -281,7 +355,7 @@ def test_a_long_name_of_a_source_is_cut_and_stays_its_own():
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [name for name in ROWS if ROWS[name][1].kind != "exam"])
 def test_a_document_survives_json_and_a_map_reaches_each_of_its_texts(name):
     document = ROWS[name][1]._replace(dropped_by="")
     line = document.to_json()

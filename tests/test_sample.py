@@ -24,6 +24,7 @@ from sample import (
     before_stop,
     before_stop_id,
     chat_ids,
+    compile_step,
     continuations,
     converse,
     generate,
@@ -133,7 +134,7 @@ def test_compiled_models_in_one_process_compile_once_for_all_lengths():
 
     expected = [greedy(model) for model in models]
     for model in models:
-        model.compile_step()
+        compile_step(model)
     for least, most in ((1, 2), (0, 0)):  # graphs of a model: one for the first length, one for all lengths
         for model, texts in zip(models, expected):
             before = torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -1,0 +1,151 @@
+"""Preference tuning: a model learns which of two answers people prefer, without a model of rewards.
+
+    python prepare.py pairs.jsonl --out data/pairs --tokenizer data/default
+    python train.py --recipe dpo --data data/pairs --init-from out/sft --out out/dpo
+
+Direct Preference Optimization (DPO, Rafailov et al. 2023, arXiv 2305.18290, equation 7). The loop is train.py's; here
+are the objective and the reference: the model that training starts from, which stays as it is. What it says of every
+answer is computed once.
+
+Shapes: B batch, T time, A the most answers in a sample. A sample of pairs is a row of chats, the one with the chosen
+answer before the one with the rejected answer; each run of counted targets is an answer.
+"""
+
+import contextlib
+import hashlib
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data import evenly_spaced, inputs_and_targets, write_array
+
+
+def answer_sums(nats, targets, n):
+    """nats [B, T] of targets [B, T] (-1: not counted) -> log-probability of each answer, and which exist, [B, n]."""
+    counted = targets >= 0
+    begins = counted & ~F.pad(counted[:, :-1], (1, 0))
+    number = begins.cumsum(1) - 1
+    # A product with 0 and 1, not scatter_add, which on CUDA adds in any order.
+    member = counted[..., None] & (number[..., None] == torch.arange(n, device=targets.device))  # [B, T, n]
+    return -(nats[..., None] * member).sum(1), member.any(1)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """The objective. Called with a micro-batch it returns sums over its pairs: the loss, the pairs, and of NAMES.
+
+    Rewards are beta (log p(answer) - log p_reference(answer)), in nats. accuracy: whether the chosen answer has the
+    larger one; margin: their difference. kl: log p_reference - log p, the mean over both answers; it estimates
+    KL(reference, model) as far as the answers are such as the reference gives.
+    """
+
+    NAMES = ("accuracy", "margin", "chosen", "rejected", "kl")
+    beta: float = 0.1
+    label_smoothing: float = 0.0  # the share of pairs that are taken to be the wrong way round
+    sft_weight: float = 0.0  # of a second loss: nats of the chosen answer, per token
+
+    def __call__(self, model, ids, targets, reference):
+        """ids, targets [B, T], reference [B, A] -> [7], in the order above; the first is the sum to minimise."""
+        nats = model(ids, targets, reduction="none")
+        answers, exist = answer_sums(nats, targets, reference.shape[1])
+        gained = answers - reference  # [B, A]
+        chosen, rejected, exist = gained[:, 0::2], gained[:, 1::2], exist[:, 0::2]
+        margin = self.beta * (chosen - rejected)
+        loss = -(1 - self.label_smoothing) * F.logsigmoid(margin) - self.label_smoothing * F.logsigmoid(-margin)
+        if self.sft_weight:
+            lengths, _ = answer_sums(-torch.ones_like(nats), targets, reference.shape[1])
+            loss = loss - self.sft_weight * answers[:, 0::2] / lengths[:, 0::2].clamp(min=1)
+        rewards = self.beta * chosen, self.beta * rejected
+        terms = loss, torch.ones_like(loss), (margin > 0).to(loss.dtype), margin, *rewards, -(chosen + rejected) / 2
+        return torch.stack([(term * exist).sum() for term in terms])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The reference
+
+
+def weights_hash(model):
+    """sha256 of all weights, as text."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode("utf-8"))
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def most_answers(samples):
+    """The most answers in one of the samples, at least two."""
+    return 2 * max((int(np.diff(rows.first).max(initial=1)) for rows in samples.rows.values()), default=1)
+
+
+@torch.no_grad()
+def log_probabilities(model, samples, batch, ranks):
+    """What a model says of all answers -> [samples, A] float32, 0 where a sample has fewer. Each rank scores a part."""
+    device = model.embedding.device
+    result = np.zeros((len(samples), most_answers(samples)), dtype=np.float32)
+    # -1 pads, as all ranks must make equally many forwards under FSDP
+    numbers = np.pad(np.arange(len(samples)), (0, -len(samples) % (batch * ranks.world)), constant_values=-1)
+    for some in numbers.reshape(-1, batch)[ranks.rank :: ranks.world]:
+        ids, targets = (
+            torch.from_numpy(np.stack(rows)).to(device)
+            for rows in zip(*(inputs_and_targets(samples, max(i, 0)) for i in some))
+        )
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            nats = model(ids, targets, reduction="none")
+        sums, _ = answer_sums(nats, targets, result.shape[1])
+        result[some[some >= 0]] = sums.float().cpu().numpy()[some >= 0]
+    if ranks.world > 1:
+        total = torch.from_numpy(result).to(device)
+        torch.distributed.all_reduce(total)  # the others' parts are zeros
+        result = total.cpu().numpy()
+    return result
+
+
+def add_reference(splits, weights, get_model, batch, ranks):
+    """Set the attribute reference of each of the splits: from a file beside the data, or computed.
+
+    weights: the reference's weights_hash. get_model(): the reference, called only if there is no such file. ValueError
+    if it has other weights.
+    """
+    for samples in splits:
+        identity = json.dumps([weights, samples.block_size, samples.shard_hashes()])
+        path = samples.path / f"reference-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npy"
+        if ranks.from_rank_0(path.exists()):
+            samples.reference = np.load(path, allow_pickle=False)
+            continue
+        ranks.say(f"scoring {len(samples):,} samples with the reference, once: they are then read from {path}")
+        samples.reference = log_probabilities(get_model(), samples, batch, ranks)
+        if ranks.rank == 0:
+            with contextlib.suppress(OSError):  # a folder that cannot be written to: it is done at each start
+                write_array(path, samples.reference)
+        ranks.barrier()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Held-out pairs
+
+
+@torch.no_grad()
+def score_pairs(model, samples, objective, batch, max_tokens, ranks, stopping=None):
+    """Means over the pairs of evenly spaced samples -> {"loss", "pairs", and NAMES}; None if stopping() is true."""
+    device = model.embedding.device
+    chosen = evenly_spaced(samples, max_tokens)
+    chosen = np.pad(chosen, (0, -len(chosen) % (batch * ranks.world)), constant_values=-1)
+    totals = torch.zeros(2 + len(objective.NAMES), dtype=torch.float64)
+    for numbers in chosen.reshape(-1, batch)[ranks.rank :: ranks.world]:
+        if stopping and stopping():
+            return None
+        rows = zip(*(inputs_and_targets(samples, max(i, 0)) for i in numbers))
+        ids, targets = (torch.from_numpy(np.stack(row)) for row in rows)
+        targets[torch.from_numpy(numbers < 0)] = -1
+        reference = torch.from_numpy(samples.reference[numbers])
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            totals += objective(model, ids.to(device), targets.to(device), reference.to(device)).double().cpu()
+    if ranks.world > 1:
+        torch.distributed.all_reduce(totals)
+    loss, pairs, *others = totals.tolist()
+    means = {name: value / max(pairs, 1) for name, value in zip(objective.NAMES, others)}
+    return {"loss": loss / max(pairs, 1), "pairs": int(pairs), **means}
