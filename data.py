@@ -340,7 +340,7 @@ def batch_at(data, phases, seed, first, count):
 
     numbers = [sample_at(i, phases, seed) for i in range(first, first + count)]
     arrays = [np.stack(rows) for rows in zip(*(inputs_and_targets(data, number) for number in numbers))]
-    if data.reference is not None:
+    if getattr(data, "reference", None) is not None:  # data may be a list of rows
         arrays.append(data.reference[numbers])
     return tuple(torch.from_numpy(array) for array in arrays)
 

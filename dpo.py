@@ -14,6 +14,7 @@ answer before the one with the rejected answer; each run of counted targets is a
 import contextlib
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +47,12 @@ class Preference:
     beta: float = 0.1
     label_smoothing: float = 0.0  # the share of pairs that are taken to be the wrong way round
     sft_weight: float = 0.0  # of a second loss: nats of the chosen answer, per token
+
+    def __post_init__(self):
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"--beta {self.beta}: expected more than 0")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"--label-smoothing {self.label_smoothing}: expected 0 or more, below 0.5")
 
     def __call__(self, model, ids, targets, reference):
         """ids, targets [B, T], reference [B, A] -> [7], in the order above; the first is the sum to minimise."""

@@ -11,6 +11,8 @@
 loss         nats per token
 perplexity   exp(loss)
 bpb          bits per byte of text: comparable between models with different tokenizers
+likelier     of pairs of answers: the share whose chosen answer is likelier than the rejected one
+accuracy     the same, with both measured against the reference; this and the rest as in dpo.py
 
 Shapes: B batch, T time. A sample is a row of T + 1 ids.
 """
@@ -25,10 +27,13 @@ import torch
 from checkpoint import load
 from common import choose_device, read_text, run_command
 from data import TokenData, evenly_spaced, inputs_and_targets
+from dpo import Preference, add_reference, log_probabilities, score_pairs
 from model import cross_entropy
+from parallel import Ranks
 from tokenizer import load_tokenizer
 
 MAX_TOKENS = 1 << 20  # enough for three reliable decimals of bits per byte
+BATCH_PAIRS = 16  # samples in a forward
 MAX_CONTEXT = 2048  # for Hugging Face models, whose contexts are far longer than most texts
 PROMPT = "却说曹操引兵渡河，正遇关公。"
 
@@ -199,6 +204,32 @@ def print_leak(model, path, samples, token_bytes, device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Pairs of answers
+
+
+def print_pairs(model, info, samples, with_header):
+    """A line of scores; those against a reference only if the model was trained from one."""
+    answers = log_probabilities(model, samples, BATCH_PAIRS, Ranks())
+    chosen, rejected = answers[:, 0::2], answers[:, 1::2]
+    there = chosen < 0
+    scores = {"likelier": (chosen > rejected)[there].mean(), "pairs": there.sum()}
+    run = info.state.get("args", {})
+    if run.get("recipe") == "dpo":
+
+        def reference():
+            return load(run["init_from"])[0].to(model.embedding.device)
+
+        add_reference([samples], info.state["reference"], reference, BATCH_PAIRS, Ranks())
+        objective = Preference(run["beta"], run["label_smoothing"], run["sft_weight"])
+        found = score_pairs(model, samples, objective, BATCH_PAIRS, len(samples) * samples.block_size, Ranks())
+        scores = {name: found[name] for name in ("loss", *objective.NAMES)} | scores
+    if with_header:
+        print(f"{'checkpoint':<32}" + "".join(f"{name:>10}" for name in scores))
+    pairs = scores.pop("pairs")
+    print(f"{str(info.path):<32}" + "".join(f"{score:>10.4f}" for score in scores.values()) + f"{pairs:>10,}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def samples_of(args, tokenizer, info, T):
@@ -242,6 +273,9 @@ def main(argv=None):
             continue
         T = model.config.block_size
         samples = samples_of(args, tokenizer, info, T if info.state else min(T, MAX_CONTEXT))
+        if getattr(samples, "pairs", False) and not args.leak:
+            print_pairs(model.eval(), info, samples, with_header=i == 0)
+            continue
         if args.leak:
             print_leak(model, info.path, samples, tokenizer.token_bytes, device)
             continue

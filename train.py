@@ -143,8 +143,7 @@ def check_args(args, error):
     for names, low in (
         ("steps micro_batch batch_tokens batch_documents eval_tokens log_every keep", 1),
         ("minutes epochs", 0.01),
-        ("beta", 0.0001),
-        ("lr weight_decay clip warmup decay sft_weight label_smoothing eval_every save_every keep_every", 0),
+        ("lr weight_decay clip warmup decay sft_weight eval_every save_every keep_every", 0),
     ):
         for name in names.split():
             value = getattr(args, name)
