@@ -6,6 +6,7 @@
     python -m extras.speed scale --png FILE   # cost of a token against the number of parameters and the length of text
     python -m extras.speed run                # runs of train.py: start, --resume, loading, saving, two processes
     python -m extras.speed data               # the data stage: tokenising, cleaning, near copies, processes, memory
+    python -m extras.speed dpo                # a step of preference tuning: time and memory beside the plain form
     python -m extras.speed gpu                # this GPU: training and decoding by model and part, beside transformers
     python -m extras.speed curve out/demo out/baseline --png FILE   # val bits per byte against minutes of training
 
@@ -26,12 +27,13 @@ from common import can_compile, choose_device, keep_large_buffers, run_command
 from extras.gpu import benchmark_gpu, transformers_model
 from extras.plot import pyplot
 from extras.speed_data import benchmark_data
+from extras.speed_dpo import benchmark_dpo
 from extras.speed_runs import benchmark_run, draw_curves
 from extras.timing import autocast, median_seconds, peak_memory
 from model import PRESETS, Config, Decoder, Dense, SoftMoE, place_tokens, softmax_gradient
 from sample import compile_step, generate
 
-COMMANDS = ("layer", "speed", "scale", "run", "data", "curve", "gpu")
+COMMANDS = ("layer", "speed", "scale", "run", "data", "dpo", "curve", "gpu")
 
 
 def get_args(argv=None):
@@ -343,6 +345,7 @@ def main(argv=None):
         "scale": benchmark_scale,
         "run": benchmark_run,
         "data": benchmark_data,
+        "dpo": lambda args: benchmark_dpo(args.repeats),
         "curve": draw_curves,
         "gpu": benchmark_gpu,
     }
