@@ -207,8 +207,9 @@ def print_leak(model, path, samples, token_bytes, device):
 # Pairs of answers
 
 
-def print_pairs(model, info, samples, with_header):
-    """A line of scores; those against a reference only if the model was trained from one."""
+def print_pairs(model, info, samples, header):
+    """A line of scores, those against a reference only if the model was trained from one -> its header, which is
+    printed where it differs from the one before."""
     answers = log_probabilities(model, samples, BATCH_PAIRS, Ranks())
     chosen, rejected = answers[:, 0::2], answers[:, 1::2]
     there = chosen < 0
@@ -223,10 +224,12 @@ def print_pairs(model, info, samples, with_header):
         objective = Preference(run["beta"], run["label_smoothing"], run["sft_weight"])
         found = score_pairs(model, samples, objective, BATCH_PAIRS, len(samples) * samples.block_size, Ranks())
         scores = {name: found[name] for name in ("loss", *objective.NAMES)} | scores
-    if with_header:
-        print(f"{'checkpoint':<32}" + "".join(f"{name:>10}" for name in scores))
+    header, before = f"{'checkpoint':<40}" + "".join(f"{name:>10}" for name in scores), header
+    if header != before:
+        print(header)
     pairs = scores.pop("pairs")
-    print(f"{str(info.path):<32}" + "".join(f"{score:>10.4f}" for score in scores.values()) + f"{pairs:>10,}")
+    print(f"{str(info.path):<40}" + "".join(f"{score:>10.4f}" for score in scores.values()) + f"{pairs:>10,}")
+    return header
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -263,6 +266,7 @@ def main(argv=None):
         from extras.benchmarks import run
 
         return run(args, device)
+    header = ""
     for i, given in enumerate(args.checkpoints):
         model, tokenizer, info = load(given)
         model.to(device)
@@ -274,7 +278,7 @@ def main(argv=None):
         T = model.config.block_size
         samples = samples_of(args, tokenizer, info, T if info.state else min(T, MAX_CONTEXT))
         if getattr(samples, "pairs", False) and not args.leak:
-            print_pairs(model.eval(), info, samples, with_header=i == 0)
+            header = print_pairs(model.eval(), info, samples, header)
             continue
         if args.leak:
             print_leak(model, info.path, samples, tokenizer.token_bytes, device)

@@ -191,7 +191,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--base", default="out/demo", help="the model to start from (default %(default)s)")
     parser.add_argument("--data", default="data/default", help="its data (default %(default)s)")
-    parser.add_argument("--minutes", type=float, default=6.0, help="of fine-tuning (default %(default)s)")
+    parser.add_argument("--minutes", type=float, default=3.0, help="of fine-tuning (default %(default)s)")
     parser.add_argument("--riddles", type=int, default=500, help="歇后语 to learn (default %(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="runs of preference tuning (default %(default)s)")
     parser.add_argument("--png", help="draw the share of good reviews against KL (needs matplotlib)")
@@ -210,23 +210,12 @@ def main(argv=None):
         if not (folder / f"data-{name}" / "manifest.json").exists():
             run("prepare.py", path, "--out", folder / f"data-{name}", "--tokenizer", args.data, "--pipeline", "none")
     sft = ["--recipe", "sft", "--data", folder / "data-chat", "--init-from", args.base, "--out", folder / "sft"]
-    run(
-        "train.py",
-        *sft,
-        "--minutes",
-        args.minutes,
-        "--block-size",
-        256,
-        "--batch-documents",
-        64,
-        "--lr",
-        2e-3,
-        "--resume",
-    )
+    sft += ["--minutes", args.minutes, "--block-size", 256, "--resume"]
+    run("train.py", *sft, "--batch-documents", 64, "--lr", 1e-3)
     for seed in range(args.seeds):
         dpo = ["--recipe", "dpo", "--data", folder / "data-pairs", "--init-from", folder / "sft"]
         dpo += ["--out", folder / f"dpo-{seed}", "--seed", seed, "--resume"]
-        run("train.py", *dpo, "--epochs", 1, "--batch-documents", 64, "--lr", 1e-4, "--save-every", 5, "--keep", 100)
+        run("train.py", *dpo, "--epochs", 2, "--batch-documents", 64, "--lr", 3e-4, "--save-every", 10, "--keep", 100)
     report(args, folder, reviews, seen, unseen)
 
 
