@@ -15,7 +15,6 @@ saves and exits; --resume continues from there as if nothing had happened.
 
 import argparse
 import contextlib
-import functools
 import gc
 import itertools
 import json
@@ -290,6 +289,8 @@ def count_micro_batches(args, data, ranks):
 
 def move_to_device(model, args, device, compiled, ranks):
     """Move the model to its device, compiled and sharded (FSDP2) as the flags say."""
+    keep_large_buffers()
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what is not bf16
     for block in model.blocks:
         block.recompute = args.recompute
         if compiled:  # all blocks share one code; not dynamic, or an evaluation's batch size would change training's
@@ -314,12 +315,17 @@ def run_constants(args, model, data, saved):
     }
 
 
-def reference_model(model, args, constants, saved):
-    """The model of --init-from: at the start of the run, the model itself."""
-    origin = load(args.init_from)[0] if saved else model
-    if saved and weights_hash(origin) != constants["reference"]:
-        raise ValueError(f"--resume: {args.init_from} is not the model that the run began with: bring it back")
-    return origin.to(model.embedding.device)
+def add_references(args, model, splits, constants, saved, ranks):
+    """For --recipe dpo: add to each split what the reference, the model of --init-from, says of its answers."""
+
+    def reference():
+        origin = load(args.init_from)[0] if saved else model
+        if saved and weights_hash(origin) != constants["reference"]:
+            raise ValueError(f"--resume: {args.init_from} is not the model that the run began with: bring it back")
+        return origin.to(model.embedding.device)
+
+    if args.recipe == "dpo":
+        add_reference(splits, constants["reference"], reference, args.micro_batch, ranks)
 
 
 def check_resume(args, data, machine, checkpoint, saved, ranks):
@@ -414,8 +420,6 @@ def main(argv=None):
         return dry_run(args)
     device = choose_device(args.device)
     ranks = start_ranks(device)
-    keep_large_buffers()
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what is not bf16
 
     # Set-up: the folder of the run, its data, its model, its state
     args, log, checkpoint, saved = open_run(args, argv, ranks)
@@ -433,9 +437,7 @@ def main(argv=None):
         check_resume(args, data, machine, checkpoint, saved, ranks)
     constants = run_constants(args, model, data, saved)
     move_to_device(model, args, device, compiled, ranks)
-    if args.recipe == "dpo":
-        reference = functools.partial(reference_model, model, args, constants, saved)
-        add_reference((data, val), constants["reference"], reference, args.micro_batch, ranks)
+    add_references(args, model, (data, val), constants, saved, ranks)
     optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
     state = make_state(args, data, device, saved)
     if checkpoint:
@@ -443,8 +445,7 @@ def main(argv=None):
     if ranks.rank == 0 and not log:  # only now: a run that is refused leaves no folder
         log = Log(Path(args.out))
     state.evaluated = ranks.from_rank_0(log.cut(state.step) if log else 0)
-    if args.recipe and not checkpoint:
-        state.evaluated = -1  # what the model was before is worth a line
+    state.evaluated -= bool(args.recipe and not checkpoint)  # what the model was before is worth a line
     saver = Saver(args, tokenizer, log, ranks, constants={**constants, "machine": machine})
     saver.last = state.step if checkpoint else None
     stop = Stop(args.out, compiled, ranks)
