@@ -150,7 +150,7 @@ def score_pairs(model, samples, objective, batch, max_tokens, ranks, stopping=No
         targets[torch.from_numpy(numbers < 0)] = -1
         reference = torch.from_numpy(samples.reference[numbers])
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            totals += objective(model, ids.to(device), targets.to(device), reference.to(device)).double().cpu()
+            totals += objective(model, ids.to(device), targets.to(device), reference.to(device)).cpu().double()
     if ranks.world > 1:
         torch.distributed.all_reduce(totals)
     loss, pairs, *others = totals.tolist()

@@ -172,8 +172,8 @@ def update(optimizers, lr, skip):
 def lr_factor(step, progress, args):
     """Share of the peak learning rate at a step (0 is the first) and at a share of the run in [0, 1]."""
     # 1. linear warm-up, over steps or over a share of the run
-    warm = (step + 1) / args.warmup if args.warmup >= 1 else progress / args.warmup if args.warmup else 1.0
-    warm = min(1.0, warm)
+    done = step + 1 if args.warmup >= 1 else progress + (1 / args.steps if args.steps else 0)
+    warm = min(1.0, done / args.warmup) if args.warmup else 1.0
     # 2. wsd: constant, then linearly to 0 over the last `decay` of the run
     if args.schedule == "wsd":
         return min(warm, (1 - progress) / args.decay) if args.decay else warm

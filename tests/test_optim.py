@@ -68,13 +68,17 @@ def test_a_step_of_muon_is_its_formula():
 
 @pytest.mark.quick
 def test_learning_rate():
-    args = SimpleNamespace(warmup=10, schedule="cosine", decay=0.2)
+    args = SimpleNamespace(warmup=10, steps=None, schedule="cosine", decay=0.2)
     assert [lr_factor(step, 0.0, args) for step in (0, 4, 9, 10)] == [0.1, 0.5, 1.0, 1.0]
     assert lr_factor(100, 0.5, args) == pytest.approx(0.5) and lr_factor(100, 1.0, args) == 0
     args.schedule = "wsd"
     assert [lr_factor(100, p, args) for p in (0.1, 0.8, 0.9, 1.0)] == pytest.approx([1, 1, 0.5, 0])
     args.warmup = args.decay = 0
     assert [lr_factor(step, p, args) for step, p in ((0, 0.0), (100, 1.0))] == [1, 1]
+    args.warmup, args.steps = 0.1, 40  # a share of the run: 4 steps
+    assert [lr_factor(step, step / 40, args) for step in (0, 1, 3, 4)] == pytest.approx([0.25, 0.5, 1, 1])
+    args.steps = None  # by time
+    assert [lr_factor(step, p, args) for step, p in ((0, 0.0), (9, 0.05), (30, 0.2))] == pytest.approx([0, 0.5, 1])
 
 
 @pytest.mark.quick
