@@ -215,7 +215,7 @@ def main(argv=None):
     for seed in range(args.seeds):
         dpo = ["--recipe", "dpo", "--data", folder / "data-pairs", "--init-from", folder / "sft"]
         dpo += ["--out", folder / f"dpo-{seed}", "--seed", seed, "--resume"]
-        run("train.py", *dpo, "--epochs", 2, "--batch-documents", 64, "--lr", 3e-4, "--save-every", 10, "--keep", 100)
+        run("train.py", *dpo, "--epochs", 2, "--batch-documents", 64, "--lr", 1e-4, "--save-every", 10, "--keep", 100)
     report(args, folder, reviews, seen, unseen)
 
 
