@@ -9,7 +9,7 @@ from dpo import Preference
 from extras.timing import median_seconds, peak_memory
 from model import Config, Decoder
 
-VOCABULARY, PAIRS, T, ANSWER = 151_936, 16, 512, 200  # Qwen's; two sides of T / 2 tokens, with an answer each
+VOCABULARY, PAIRS, T, ANSWER = 151_936, 8, 512, 200  # Qwen's; two sides of T / 2 tokens, with an answer each
 
 
 def plain(model, ids, targets, reference):
@@ -21,7 +21,7 @@ def plain(model, ids, targets, reference):
 
 
 def benchmark_dpo(repeats):
-    model = Decoder(Config(vocab_size=VOCABULARY, block_size=T, d_model=256, n_layer=4))
+    model = Decoder(Config(vocab_size=VOCABULARY, block_size=T, d_model=128))
     ids, reference = torch.randint(VOCABULARY, (PAIRS, T)), torch.full((PAIRS, 2), -ANSWER * 12.0)
     targets = torch.full_like(ids, -1)
     for end in (T // 2 - 1, T - 1):
