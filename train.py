@@ -180,7 +180,7 @@ def open_run(args, argv, ranks):
         flags = flags | {"steps": None, "minutes": None, "epochs": None}
     args = get_args(argv, **flags)
     for name in ("seed", "optimizer", "preset", "init_from", "pack", "recipe"):
-        if getattr(args, name) != (was := flags.get(name, False)):
+        if (getattr(args, name) or None) != ((was := flags.get(name)) or None):
             began = f"the run began with {flag(name)} {was}"
             raise ValueError(f"--resume: {began}: leave the flag out, or change --out")
     return args, log, checkpoint, saved

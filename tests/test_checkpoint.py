@@ -49,6 +49,16 @@ def replace_file(step, name, content):
     (step / "sha256.json").write_text(json.dumps(hashes), encoding="utf-8")
 
 
+def test_a_run_from_before_some_flags_is_resumed_with_their_defaults(small_data, tmp_path):
+    train(small_data, tmp_path, "--steps", 2)
+    state = state_of(tmp_path, 2)
+    for name in ("recipe", "pack", "epochs", "batch_documents", "beta", "label_smoothing", "sft_weight"):
+        del state["args"][name]
+    del state["reference"]
+    replace_file(tmp_path / "step-00000002", "state.json", json.dumps(state).encode())
+    assert "done: step 3" in call("train.py", "--resume", "--out", tmp_path, "--steps", 3).stdout
+
+
 def test_a_pickle_in_the_place_of_weights_is_not_run(whole_run, tmp_path):
     class Bomb:
         def __reduce__(self):
