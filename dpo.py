@@ -25,13 +25,16 @@ from data import evenly_spaced, inputs_and_targets, write_array
 
 
 def answer_sums(nats, targets, n):
-    """nats [B, T] of targets [B, T] (-1: not counted) -> log-probability of each answer, and which exist, [B, n]."""
+    """nats [B, T] of targets [B, T] (-1: not counted) -> of each answer log-probability and tokens, [B, n] each.
+
+    A row has at most n answers; those that it has not are 0.
+    """
     counted = targets >= 0
     begins = counted & ~F.pad(counted[:, :-1], (1, 0))
     number = begins.cumsum(1) - 1
     # A product with 0 and 1, not scatter_add, which on CUDA adds in any order.
     member = counted[..., None] & (number[..., None] == torch.arange(n, device=targets.device))  # [B, T, n]
-    return -(nats[..., None] * member).sum(1), member.any(1)
+    return -(nats[..., None] * member).sum(1), member.sum(1)
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,15 @@ class Preference:
     def __call__(self, model, ids, targets, reference):
         """ids, targets [B, T], reference [B, A] -> [7], in the order above; the first is the sum to minimise."""
         nats = model(ids, targets, reduction="none")
-        answers, exist = answer_sums(nats, targets, reference.shape[1])
-        gained = answers - reference  # [B, A]
-        chosen, rejected, exist = gained[:, 0::2], gained[:, 1::2], exist[:, 0::2]
+        return self.sums(*answer_sums(nats, targets, reference.shape[1]), reference)
+
+    def sums(self, answers, lengths, reference):
+        """Log-probabilities and tokens of answers, and the reference's, all [B, A] -> [7], as the call."""
+        gained = answers - reference
+        chosen, rejected, exist = gained[:, 0::2], gained[:, 1::2], lengths[:, 0::2] > 0
         margin = self.beta * (chosen - rejected)
         loss = -(1 - self.label_smoothing) * F.logsigmoid(margin) - self.label_smoothing * F.logsigmoid(-margin)
-        if self.sft_weight:
-            lengths, _ = answer_sums(-torch.ones_like(nats), targets, reference.shape[1])
-            loss = loss - self.sft_weight * answers[:, 0::2] / lengths[:, 0::2].clamp(min=1)
+        loss = loss - self.sft_weight * answers[:, 0::2] / lengths[:, 0::2].clamp(min=1)
         rewards = self.beta * chosen, self.beta * rejected
         terms = loss, torch.ones_like(loss), (margin > 0).to(loss.dtype), margin, *rewards, -(chosen + rejected) / 2
         return torch.stack([(term * exist).sum() for term in terms])
@@ -89,25 +93,26 @@ def most_answers(samples):
 
 
 @torch.no_grad()
-def log_probabilities(model, samples, batch, ranks):
-    """What a model says of all answers -> [samples, A] float32, 0 where a sample has fewer. Each rank scores a part."""
+def score_answers(model, samples, numbers, batch, ranks, stopping=None):
+    """Log-probabilities and tokens of all answers in the samples of these numbers, [len(numbers), A] float32 each.
+
+    Each rank scores a part. stopping(), if given, is asked before each forward: None if it is true.
+    """
     device = model.embedding.device
-    result = np.zeros((len(samples), most_answers(samples)), dtype=np.float32)
-    # -1 pads, as all ranks must make equally many forwards under FSDP
-    numbers = np.pad(np.arange(len(samples)), (0, -len(samples) % (batch * ranks.world)), constant_values=-1)
-    for some in numbers.reshape(-1, batch)[ranks.rank :: ranks.world]:
-        ids, targets = (
-            torch.from_numpy(np.stack(rows)).to(device)
-            for rows in zip(*(inputs_and_targets(samples, max(i, 0)) for i in some))
-        )
+    result = torch.zeros(2, len(numbers), most_answers(samples))
+    # -1 pads: all ranks make equally many forwards, as FSDP needs, of one shape
+    places = np.pad(np.arange(len(numbers)), (0, -len(numbers) % (batch * ranks.world)), constant_values=-1)
+    for some in places.reshape(-1, batch)[ranks.rank :: ranks.world]:
+        if stopping and stopping():
+            return None
+        rows = zip(*(inputs_and_targets(samples, numbers[max(i, 0)]) for i in some))
+        ids, targets = (torch.from_numpy(np.stack(row)).to(device) for row in rows)
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             nats = model(ids, targets, reduction="none")
-        sums, _ = answer_sums(nats, targets, result.shape[1])
-        result[some[some >= 0]] = sums.float().cpu().numpy()[some >= 0]
+        scored = torch.stack([part.float() for part in answer_sums(nats, targets, result.shape[2])]).cpu()
+        result[:, some[some >= 0]] = scored[:, some >= 0]
     if ranks.world > 1:
-        total = torch.from_numpy(result).to(device)
-        torch.distributed.all_reduce(total)  # the others' parts are zeros
-        result = total.cpu().numpy()
+        torch.distributed.all_reduce(result)  # the others' parts are zeros
     return result
 
 
@@ -124,7 +129,7 @@ def add_reference(splits, weights, get_model, batch, ranks):
             samples.reference = np.load(path, allow_pickle=False)
             continue
         ranks.say(f"scoring {len(samples):,} samples with the reference, once: they are then read from {path}")
-        samples.reference = log_probabilities(get_model(), samples, batch, ranks)
+        samples.reference = score_answers(get_model(), samples, range(len(samples)), batch, ranks)[0].numpy()
         if ranks.rank == 0:
             with contextlib.suppress(OSError):  # a folder that cannot be written to: it is done at each start
                 write_array(path, samples.reference)
@@ -135,24 +140,21 @@ def add_reference(splits, weights, get_model, batch, ranks):
 # Held-out pairs
 
 
-@torch.no_grad()
 def score_pairs(model, samples, objective, batch, max_tokens, ranks, stopping=None):
-    """Means over the pairs of evenly spaced samples -> {"loss", "pairs", and NAMES}; None if stopping() is true."""
-    device = model.embedding.device
-    chosen = evenly_spaced(samples, max_tokens)
-    chosen = np.pad(chosen, (0, -len(chosen) % (batch * ranks.world)), constant_values=-1)
-    totals = torch.zeros(2 + len(objective.NAMES), dtype=torch.float64)
-    for numbers in chosen.reshape(-1, batch)[ranks.rank :: ranks.world]:
-        if stopping and stopping():
-            return None
-        rows = zip(*(inputs_and_targets(samples, max(i, 0)) for i in numbers))
-        ids, targets = (torch.from_numpy(np.stack(row)) for row in rows)
-        targets[torch.from_numpy(numbers < 0)] = -1
-        reference = torch.from_numpy(samples.reference[numbers])
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            totals += objective(model, ids.to(device), targets.to(device), reference.to(device)).cpu().double()
-    if ranks.world > 1:
-        torch.distributed.all_reduce(totals)
-    loss, pairs, *others = totals.tolist()
-    means = {name: value / max(pairs, 1) for name, value in zip(objective.NAMES, others)}
-    return {"loss": loss / max(pairs, 1), "pairs": int(pairs), **means}
+    """Means over the pairs of evenly spaced samples -> {"loss", NAMES, "likelier", "pairs"}, or None if stopping().
+
+    likelier: the share of chosen answers that are likelier than the rejected ones. Without a reference there is only
+    this.
+    """
+    numbers = evenly_spaced(samples, max_tokens)
+    scored = score_answers(model, samples, numbers, batch, ranks, stopping)
+    if scored is None:
+        return None
+    answers, lengths = scored
+    pairs = int((lengths[:, 0::2] > 0).sum())
+    means = {"likelier": (answers[:, 0::2] > answers[:, 1::2]).sum().item() / max(pairs, 1), "pairs": pairs}
+    if samples.reference is None:
+        return means
+    loss, _, *others = (objective.sums(answers, lengths, torch.from_numpy(samples.reference[numbers]))).tolist()
+    named = zip(("loss", *objective.NAMES), (loss, *others))
+    return {name: value / max(pairs, 1) for name, value in named} | means

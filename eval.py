@@ -27,7 +27,7 @@ import torch
 from checkpoint import load
 from common import choose_device, read_text, run_command
 from data import TokenData, evenly_spaced, inputs_and_targets
-from dpo import Preference, add_reference, log_probabilities, score_pairs
+from dpo import Preference, add_reference, score_pairs
 from model import cross_entropy
 from parallel import Ranks
 from tokenizer import load_tokenizer
@@ -210,20 +210,15 @@ def print_leak(model, path, samples, token_bytes, device):
 def print_pairs(model, info, samples, header):
     """A line of scores, those against a reference only if the model was trained from one -> its header, which is
     printed where it differs from the one before."""
-    answers = log_probabilities(model, samples, BATCH_PAIRS, Ranks())
-    chosen, rejected = answers[:, 0::2], answers[:, 1::2]
-    there = chosen < 0
-    scores = {"likelier": (chosen > rejected)[there].mean(), "pairs": there.sum()}
-    run = info.state.get("args", {})
+    run, objective = info.state.get("args", {}), None
     if run.get("recipe") == "dpo":
 
         def reference():
             return load(run["init_from"])[0].to(model.embedding.device)
 
-        add_reference([samples], info.state["reference"], reference, BATCH_PAIRS, Ranks())
         objective = Preference(run["beta"], run["label_smoothing"], run["sft_weight"])
-        found = score_pairs(model, samples, objective, BATCH_PAIRS, len(samples) * samples.block_size, Ranks())
-        scores = {name: found[name] for name in ("loss", *objective.NAMES)} | scores
+        add_reference([samples], info.state["reference"], reference, BATCH_PAIRS, Ranks())
+    scores = score_pairs(model, samples, objective, BATCH_PAIRS, MAX_TOKENS, Ranks())
     header, before = f"{'checkpoint':<40}" + "".join(f"{name:>10}" for name in scores), header
     if header != before:
         print(header)

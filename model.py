@@ -19,7 +19,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-CHECKPOINT = {"use_reentrant": False, "preserve_rng_state": False}  # for recompute: there is no dropout
 CHOICES = {"ffn": ("soft_moe", "dense"), "dispatch": ("causal", "token", "sequence")}
 CHOICES |= {"expert": ("swiglu", "swiglu2"), "router": ("cosine", "linear")}
 
@@ -151,9 +150,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         self.head_dim = config.d_model // config.n_head
-        n_rows = config.n_head + 2 * config.n_kv_head
-        self.qkv = nn.Parameter(torch.empty(n_rows, self.head_dim, config.d_model))
-        self.qkv_bias = nn.Parameter(torch.empty(n_rows, self.head_dim))
+        self.qkv = nn.Parameter(torch.empty(config.n_head + 2 * config.n_kv_head, self.head_dim, config.d_model))
+        self.qkv_bias = nn.Parameter(torch.empty(self.qkv.shape[:2]))
         self.out = nn.Parameter(torch.empty(config.d_model, config.d_model))
 
     def forward(self, x, place, cache=None, layer=0):
@@ -230,7 +228,7 @@ class SoftMoE(nn.Module):
         combine = combine.unflatten(-1, (self.n_expert, -1, 1))  # [B, T, E, P, 1]
         weights = self.window_weights(logits, absent, u.dtype) if look_back else None  # [W, B, T, E, P]
         if self.w_out.ndim == 3 and torch.is_grad_enabled():  # keep only u for backward: the rest is cheap to redo
-            y = recompute(self.mix_and_combine, u, weights, combine, **CHECKPOINT)
+            y = recompute(self.mix_and_combine, u, weights, combine, use_reentrant=False, preserve_rng_state=False)
         else:
             y = self.mix_and_combine(u, weights, combine)
         return y.view(B, T, D)
@@ -336,64 +334,67 @@ class SequenceSoftMoE(SoftMoE):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """In chunks of tokens, so that logits [N, V] never exist. Gradients are made in forward, and scaled in backward."""
+    """Logits [N, V] never exist, only a chunk's. Gradients of a sum are made in forward, of each nat in backward."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk, softmax_gradient):
-        """hidden [N, D], weight [V, D], targets [N] (-1: not counted) -> sum of nats, fp32 at least."""
-        cast_weight = weight.to(hidden.dtype)
-        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    def forward(ctx, hidden, weight, targets, chunk, softmax_gradient, each, with_gradients):
+        """hidden [N, D], weight [V, D], targets [N] (-1: not counted) -> their nats [N], or the sum; fp32 at least."""
+        ctx.again = (chunk, softmax_gradient) if each else None
+        factors = torch.ones_like(targets, dtype=torch.float32)[:, None] if with_gradients and not each else None
+        nats, *gradients = by_chunks(hidden, weight, targets, chunk, softmax_gradient, factors)
+        if with_gradients:
+            ctx.save_for_backward(*((hidden, weight, targets) if each else gradients))
+        return nats if each else nats.sum()
+
+    @staticmethod
+    def backward(ctx, d_nats):
+        if ctx.again:
+            return *by_chunks(*ctx.saved_tensors, *ctx.again, d_nats[:, None])[1:], *[None] * 5
+        return *(d * d_nats.to(d.dtype) for d in ctx.saved_tensors), *[None] * 5
+
+
+def by_chunks(hidden, weight, targets, chunk, softmax_gradient, factors):
+    """-> nats [N] and, of their sum weighted by factors [N, 1], the gradients by hidden and weight (None without)."""
+    cast_weight, d_hidden, d_weight = weight.to(hidden.dtype), None, None
+    if factors is not None:
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        ctx.save_for_backward(d_hidden, d_weight)
-        for rows, chunk_targets, start in zip(hidden.split(chunk), targets.split(chunk), range(0, len(hidden), chunk)):
-            nats, d_logits = softmax_gradient(rows @ cast_weight.T, chunk_targets, total.dtype)
-            total += nats
-            torch.mm(d_logits, cast_weight, out=d_hidden[start : start + chunk])
-            d_weight += (d_logits.T @ rows).to(weight.dtype)
-        return total
-
-    @staticmethod
-    def backward(ctx, d_total):
-        return *(d * d_total.to(d.dtype) for d in ctx.saved_tensors), None, None, None
+    nats = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    for part in (slice(start, start + chunk) for start in range(0, len(hidden), chunk)):
+        logits, weights = hidden[part] @ cast_weight.T, None if factors is None else factors[part]
+        nats[part], d_logits = softmax_gradient(logits, targets[part], nats.dtype, weights)
+        if factors is not None:
+            torch.mm(d_logits, cast_weight, out=d_hidden[part])
+            d_weight += (d_logits.T @ hidden[part]).to(weight.dtype)
+    return nats, d_hidden, d_weight
 
 
-def softmax_gradient(logits, targets, dtype):
-    """logits [n, V], targets [n] -> sum of nats, and its gradient by the logits: softmax - one-hot, [n, V]."""
+def softmax_gradient(logits, targets, dtype, factors):
+    """logits [n, V], targets [n], factors [n, 1] or None -> nats [n], factors * (softmax - one-hot) [n, V] or None."""
     counted, index = (targets >= 0)[:, None], targets.clamp(min=0)[:, None]
     out_dtype, logits = logits.dtype, logits.to(dtype)
     logits -= logits.amax(-1, keepdim=True)
     picked = logits.gather(1, index)
     p = logits.exp_()  # in place: a tensor of this size is made once
     norm = p.sum(-1, keepdim=True)
-    nats = ((norm.log() - picked) * counted).sum()
-    p *= counted / norm
+    nats = ((norm.log() - picked) * counted)[:, 0]
+    if factors is None:
+        return nats, None
+    factors = (factors * counted).to(dtype)
+    p *= factors / norm
     if torch.compiler.is_compiling():  # all in one kernel: scatter_add would write p once more, in fp32
-        one_hot = (torch.arange(p.shape[1], device=p.device) == index) & counted
-        return nats, (p - one_hot.to(p.dtype)).to(out_dtype)
-    return nats, p.scatter_add_(1, index, -counted.to(p.dtype)).to(out_dtype)
+        return nats, (p - (torch.arange(p.shape[1], device=p.device) == index) * factors).to(out_dtype)
+    return nats, p.scatter_add_(1, index, -factors).to(out_dtype)
 
 
 def cross_entropy(hidden, weight, targets, reduction="mean", chunk=None, softmax_gradient=softmax_gradient):
-    """hidden [..., D], weight [V, D], targets [...] (-1: 0 nats) -> nats of targets: mean, "sum", or "none": [...]."""
-    shape, hidden, targets = targets.shape, hidden.flatten(0, -2), targets.flatten()
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
-    chunk = chunk or (8192 if device == "cuda" else 1024)  # tokens
+    """Nats of targets [...] (-1: none) by hidden [..., D] and weight [V, D]: mean, "sum", or "none": of each, [...]."""
+    device, rows = hidden.device.type, hidden.flatten(0, -2)
+    rows = rows.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else rows
+    chunk, each = chunk or (8192 if device == "cuda" else 1024), reduction == "none"  # tokens
+    inputs = rows, weight, targets.flatten(), chunk, softmax_gradient, each, torch.is_grad_enabled()
     with torch.autocast(device, enabled=False):
-        if torch.is_grad_enabled() and reduction != "none":
-            total = ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, softmax_gradient)
-        else:  # the logits are made once more in backward, if there is one
-
-            def token_nats(rows, targets):
-                logits = rows @ weight.to(rows.dtype).T
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
-
-            chunks = zip(hidden.split(chunk), targets.split(chunk))
-            nats = torch.cat([recompute(token_nats, *some, **CHECKPOINT) for some in chunks])
-            total = nats.view(shape) if reduction == "none" else nats.sum()
-    return total / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else total
+        nats = ChunkedCrossEntropy.apply(*inputs).view(targets.shape if each else ())
+    return nats / (targets >= 0).sum().clamp(min=1) if reduction == "mean" else nats
 
 
 class RMSNorm(nn.RMSNorm):
@@ -413,7 +414,7 @@ class Block(nn.Module):
 
     def forward(self, x, place, cache, layer):
         if self.recompute and torch.is_grad_enabled():
-            return recompute(self.run, x, place, cache, layer, **CHECKPOINT)
+            return recompute(self.run, x, place, cache, layer, use_reentrant=False, preserve_rng_state=False)
         return self.run(x, place, cache, layer)
 
     def run(self, x, place, cache, layer):

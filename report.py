@@ -64,6 +64,7 @@ class Reporter:
     def __init__(self, args, model, objective, data, tokenizer, log, ranks, state):
         self.args, self.model, self.tokenizer, self.log, self.ranks = args, model, tokenizer, log, ranks
         self.objective = objective
+        self.scored = ("loss", *(objective.NAMES or ("bpb",)))  # what score finds and prints
         self.device = model.embedding.device.type
         self.block_size = model.config.block_size
         self.flops = model.flops_per_token(self.block_size)
@@ -132,8 +133,7 @@ class Reporter:
         counted = f"{result['pairs']:,} pairs" if self.objective.NAMES else f"{result['tokens']:,} tokens"
         self.ranks.say(f"step {state.step:>5} | {self.scores(result, ' | ')} | {counted}")
         if self.log and state.evaluated < state.step:
-            names = ("loss", *(self.objective.NAMES or ("bpb",)))
-            self.log.add(step=state.step, **{f"val_{name}": result[name] for name in names})
+            self.log.add(step=state.step, **{f"val_{name}": result[name] for name in self.scored})
         state.evaluated = state.step
         if self.ranks.rank == 0 and not self.args.shard:  # a sharded model runs on all ranks or on none
             self.sample(val, state.step)
@@ -143,8 +143,7 @@ class Reporter:
         """What score found, in words."""
         if not (result.get("tokens") or result.get("pairs")):
             return "no answers in the held-out samples"
-        names = ("loss", *(self.objective.NAMES or ("bpb",)))
-        return between.join(f"val {name} {result[name]:.4f}" for name in names)
+        return between.join(f"val {name} {result[name]:.4f}" for name in self.scored)
 
     def sample(self, val, seed):
         """64 tokens that continue the first 8 of the held-out text, or of a chat what comes before its first answer."""

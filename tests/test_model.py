@@ -490,9 +490,16 @@ def test_softmax_gradient_is_that_of_autograd():
     targets = torch.randint(-1, 40, (9,))
     plain = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
     (expected,) = torch.autograd.grad(plain, logits)
-    nats, gradient = softmax_gradient(logits.detach().clone(), targets, torch.float64)
-    torch.testing.assert_close(nats, plain.detach(), rtol=0, atol=1e-10)
+    ones = torch.ones(9, 1)
+    nats, gradient = softmax_gradient(logits.detach().clone(), targets, torch.float64, ones)
+    torch.testing.assert_close(nats.sum(), plain.detach(), rtol=0, atol=1e-10)
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+    factors = torch.randn(9, 1, dtype=torch.float64)
+    each, weighted = softmax_gradient(logits.detach().clone(), targets, torch.float64, factors)
+    torch.testing.assert_close(weighted, factors * expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(each, F.cross_entropy(logits, targets, ignore_index=-1, reduction="none").detach())
+    without, none = softmax_gradient(logits.detach().clone(), targets, torch.float64, None)
+    assert torch.equal(without, each) and none is None
 
 
 @pytest.mark.parametrize("changes", [*CAUSAL_KINDS, dict(dispatch="sequence")], ids=str)
