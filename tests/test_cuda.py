@@ -13,7 +13,7 @@ from extras.plan import plan_bytes
 from model import PRESETS, Config, Decoder, cross_entropy, softmax_gradient
 from optim import make_optimizers, scale_and_clip, update
 from parallel import Ranks
-from train import get_args, gradients, move_to_device
+from train import Likelihood, get_args, gradients, move_to_device
 
 pytestmark = [
     pytest.mark.cuda,
@@ -100,7 +100,7 @@ def test_no_step_waits_for_the_gpu(small_data, optimizer):
         for step in range(4):
             micro_batches = next(steps)
             torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first one compiles
-            nats, count = gradients(model, micro_batches, args, Ranks(), "cuda")
+            nats, count = gradients(model, Likelihood(), micro_batches, args, Ranks(), "cuda")
             loss, norm = nats / count, scale_and_clip(model.parameters(), count, 1.0)
             update(optimizers, 1e-3, skip=state.judge(loss, norm, count))
             state.advance(8)
@@ -153,7 +153,7 @@ def test_the_memory_of_a_step_is_the_plans(tmp_path):
     optimizers = make_optimizers(model, "muon", 1e-4, 0.1)
     for _ in range(2):
         ids = torch.randint(config.vocab_size, (4, config.block_size + 1))
-        gradients(model, [(ids[:, :-1], ids[:, 1:])], args, Ranks(), "cuda")
+        gradients(model, Likelihood(), [(ids[:, :-1], ids[:, 1:])], args, Ranks(), "cuda")
         count = torch.tensor(4.0 * config.block_size, device="cuda")
         norm = scale_and_clip(model.parameters(), count, 1.0)
         update(optimizers, 1e-4, skip=~norm.isfinite())
