@@ -111,7 +111,8 @@ def batches_of(items):
 def hashes_of(batch, sources):
     """The rows of KEY.hashes.npy, [documents, 6] uint64."""
     rows = np.zeros((len(batch), 6), dtype=np.uint64)
-    rows[:, 2:4] = fingerprints([document.text for document, _, _ in batch])
+    asked, said = zip(*(document.asked_and_said() for document, _, _ in batch))
+    rows[:, 2:4] = fingerprints(said, asked)
     for row, (document, source, characters) in zip(rows, batch):
         row[:2] = np.frombuffer(document.digest()[:16], dtype=">u8")
         row[4:] = characters, sources.index(source)

@@ -1,7 +1,7 @@
 """Near copies among documents.
 
-    prints = fingerprints(texts)        # SimHash, [n, 2] uint64
-    first = near_copies(prints)         # [n]: for each the first text that it is a near copy of
+    prints = fingerprints(texts, contexts)   # SimHash, [n, 2] uint64
+    first = near_copies(prints)              # [n]: for each an earlier text that it is a near copy of, or itself
 
 Equal documents are found before, by their sha256 (prepare.py).
 """
@@ -17,13 +17,17 @@ SHINGLE = 6  # characters
 MIN_SHINGLES = 20  # distinct ones; what has fewer is a near copy only of the same text
 MAX_DISTANCE = 4  # bits in which the first words of near copies may differ
 MAX_DISTANCE_OF_BOTH = 12  # bits in which both words together may
+MOST_COMPARED = 128  # of those that agree in two bands, each meets so many: else time would grow with their square
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Fingerprints: SimHash (Charikar 2002; Manku et al. 2007)
 
 
-def fingerprints(texts):
+def fingerprints(texts, contexts=()):
     """A 128-bit SimHash of each text over its distinct shingles of 6 characters -> [len(texts), 2] uint64.
+
+    contexts: of each what it answers, or ""; none given are all "". Its hash is mixed into the bits, so that only texts
+    with the same context are near copies: two answers to one question may be, one answer to two questions is not.
 
     Each distinct shingle votes once, however often it stands in the text: else a ruler of dashes would decide the whole
     fingerprint, as it does in Data-Juicer's document_simhash. A bit is 1 if it is 1 in more than half of the hashes.
@@ -36,9 +40,18 @@ def fingerprints(texts):
         hashes, counts = distinct_shingles(batch)
         prints[indices] = simhash(hashes, counts)
         for i in np.flatnonzero(counts < MIN_SHINGLES).tolist():
-            digest = hashlib.sha256(batch[i].encode("utf-8", errors="replace")).digest()
-            prints[indices[i]] = np.frombuffer(digest[:16], dtype=">u8")
+            prints[indices[i]] = words_of(batch[i])
+    for i, context in enumerate(contexts):
+        if context:
+            prints[i] ^= words_of(context)
     return prints
+
+
+def words_of(text):
+    """128 bits of a hash of the text, [2] uint64."""
+    return np.frombuffer(hashlib.sha256(text.encode("utf-8", errors="replace")).digest()[:16], dtype=">u8").astype(
+        np.uint64
+    )
 
 
 def batches_of(texts, size=200_000):
@@ -100,13 +113,13 @@ def simhash(hashes, counts):
 
 
 def near_copies(prints):
-    """Fingerprints [n, 2] uint64 -> [n] int: for each the first that it is a near copy of, directly or through others.
+    """Fingerprints [n, 2] uint64 -> [n] int: for each the first earlier one that stays and that it is a near copy of.
 
-    A text that is a near copy of no earlier one gives its own index. All pairs are found whose first words are within
+    What is near to none of those that stay gives its own index, and stays. Pairs are found whose first words are within
     MAX_DISTANCE: the 64 bits are divided into MAX_DISTANCE + 2 bands, so two such words agree in at least two bands,
     and meet where all are sorted by these two (Manku et al. 2007, section 3). The second words confirm a pair: without
-    them, thousands of files under one licence would hang together by a few chance pairs. 10 million random prints take
-    2 GB.
+    them, thousands of files under one licence would hang together by a few chance pairs. Nearness is not passed on: a
+    copy of a copy stays if it is far enough from what stays. 10 million random prints take 2 GB.
     """
     both = mixed(prints[:, 1])
     both ^= prints[:, 0]
@@ -114,8 +127,13 @@ def near_copies(prints):
     del both
     order = np.argsort(first)  # distinct prints in the order of their first appearance
     first, place = first[order], np.argsort(order)
-    values = prints[first, 0]
-    root = np.arange(len(values))
+    original = originals(near_pairs(prints, first), len(first))
+    return first[original[place[back]]]
+
+
+def near_pairs(prints, first):
+    """The pairs (earlier, later) of near ones among prints[first], [m, 2] indices into first, by the later one."""
+    values, found = prints[first, 0], [np.zeros(0, dtype=np.uint64)]
     edges = np.linspace(0, 64, MAX_DISTANCE + 3).astype(int)
     bands = []
     for low, high in zip(edges, edges[1:]):
@@ -126,7 +144,9 @@ def near_copies(prints):
         keyed = np.sort(key << np.uint64(32) | np.arange(len(values), dtype=np.uint64))
         index, key = (keyed & np.uint64(0xFFFFFFFF)).astype(np.int64), keyed >> np.uint64(32)
         left = np.arange(len(values))
-        for step in itertools.count(1):  # compare each with the one `step` places later, while their keys are equal
+        for step in range(
+            1, MOST_COMPARED
+        ):  # compare each with the one `step` places later, while their keys are equal
             left = left[: np.searchsorted(left, len(values) - step)]
             left = left[key[left] == key[left + step]]
             if not len(left):
@@ -137,18 +157,15 @@ def near_copies(prints):
             a, b, distance = a[near], b[near], distance[near]
             distance += np.bitwise_count(prints[first[a], 1] ^ prints[first[b], 1])
             near = distance <= MAX_DISTANCE_OF_BOTH
-            join_groups(root, a[near], b[near])
-    while (root != root[root]).any():
-        root = root[root]
-    return first[root[place[back]]]
+            found.append(b[near].astype(np.uint64) << np.uint64(32) | a[near].astype(np.uint64))
+    found = np.unique(np.concatenate(found))
+    return np.stack([found & np.uint64(0xFFFFFFFF), found >> np.uint64(32)], axis=1).astype(np.int64)
 
 
-def join_groups(root, a, b):
-    """Union-find over arrays: join the groups of a[i] and b[i] for all i. root[i] <= i leads to a group's first."""
-    while len(a):
-        a, b = root[a], root[b]
-        while (root[a] != a).any() or (root[b] != b).any():
-            a, b = root[a], root[b]
-        a, b = np.minimum(a, b), np.maximum(a, b)
-        a, b = a[a != b], b[a != b]
-        np.minimum.at(root, b, a)
+def originals(pairs, n):
+    """Pairs of near_pairs among n -> [n]: of each that is near to one that stays the first such one, else itself."""
+    original = np.arange(n)
+    for a, b in pairs.tolist():
+        if original[a] == a and original[b] == b:
+            original[b] = a
+    return original

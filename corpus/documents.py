@@ -37,6 +37,16 @@ class Document(NamedTuple):
         """The document as one string, without roles: what filters and fingerprints see."""
         return self.content if isinstance(self.content, str) else "\n".join(m["content"] for m in self.content)
 
+    def asked_and_said(self):
+        """What near copies have in common, and what may differ a little: "" and the text, or of a chat what it answers
+        (all but the assistant's messages) and the answers."""
+        if isinstance(self.content, str):
+            return "", self.content
+        parts = {False: [], True: []}
+        for message in self.content:
+            parts[message["role"] in ("assistant", "chosen", "rejected")].append(message["content"])
+        return tuple("\n".join(texts) for texts in parts.values())
+
     @property
     def roles(self):
         """The set of roles that speak. Text and code are the assistant's: a model learns to write all of them."""
@@ -69,14 +79,13 @@ class Document(NamedTuple):
         """
         if isinstance(self.content, str):
             return tokenizer.encode_array(self.content), None
-        ids, mask = [], []
-        for messages in [self.answered("chosen"), self.answered("rejected")] if self.kind == "pair" else [self.content]:
-            own_ids, own_mask = tokenizer.encode_chat(messages)
-            if self.kind == "pair":
-                prompt_ids, _ = tokenizer.encode_chat(messages[:-1])
-                own_mask = [0] * len(prompt_ids) + own_mask[len(prompt_ids) :]
-            ids += [*([tokenizer.eos_id] if ids else []), *own_ids]
-            mask += [*([0] if mask else []), *own_mask]
+        if self.kind == "pair":
+            n = len(tokenizer.encode_chat(self.content[:-2])[0])  # tokens of what is answered
+            sides = [tokenizer.encode_chat(self.answered(role)) for role in ("chosen", "rejected")]
+            (ids, mask), (other_ids, other_mask) = ((ids, [0] * n + mask[n:]) for ids, mask in sides)
+            ids, mask = [*ids, tokenizer.eos_id, *other_ids], [*mask, 0, *other_mask]
+        else:
+            ids, mask = tokenizer.encode_chat(self.content)
         return np.array(ids, dtype=np.uint32), np.array(mask, dtype=np.uint8)
 
     def source(self, name):

@@ -12,6 +12,7 @@ import numpy as np
 
 from corpus.ngrams import codes_of, ngram_counts
 
+SHORT = 50  # characters, below which nothing is one thing repeated
 REPEATED = 10  # repetition is that of n-grams of this many characters or words
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -135,7 +136,12 @@ def character_repetition(text, n=REPEATED):
 
 
 def sameness(text, n=REPEATED):
-    """Share of the n-grams of characters that are not the first of their kind: 0.9 where one thing stands ten times."""
+    """Share of the n-grams of characters that are not the first of their kind: 0.9 where one thing stands ten times.
+
+    What is short is never the same: 哈哈哈 is an answer, and so is the number 10 ** 30.
+    """
+    if len(text) < SHORT:
+        return 0.0
     counts = ngram_counts(codes_of(text), n)
     return float(1 - len(counts) / max(counts.sum(), 1)) if len(counts) else 0.0
 

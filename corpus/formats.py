@@ -31,6 +31,7 @@ from pathlib import Path
 
 from common import sha256_of
 from corpus.documents import Document
+from corpus.mappers import FENCE_LINE
 from corpus.rows import FIELDS, document_of, no_text_in
 
 TEXT_SIZE = 2000  # characters in a document of a .txt file, about
@@ -41,8 +42,11 @@ PART_BYTES = 64 << 20  # input is read in parts of about this size, so that seve
 
 
 def read_txt(file, path, first_line=1):
-    """Documents of about TEXT_SIZE characters, cut at line ends. Lines are numbered from first_line on."""
-    document, size = [], 0
+    """Documents of about TEXT_SIZE characters, cut at line ends, but not in a fence of code that is not far longer.
+
+    Lines are numbered from first_line on.
+    """
+    document, size, in_fence = [], 0, False
     problem, at = "", first_line  # at: the line that is named
     for number, line in enumerate(utf8_lines(file), first_line):
         try:
@@ -54,7 +58,8 @@ def read_txt(file, path, first_line=1):
         for part in LINE_END_OF_OLD_MACS.split(text):
             document.append(part)
             size += len(part)
-            if size >= TEXT_SIZE:
+            in_fence ^= bool(FENCE_LINE.match(part))
+            if size >= TEXT_SIZE and not in_fence or size >= 10 * TEXT_SIZE:
                 yield f"{path}, line {at}", Document("".join(document), problem=problem)
                 document, size = [], 0
                 problem, at = "", number + 1

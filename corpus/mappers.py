@@ -42,8 +42,11 @@ def clean_text(text):
 # ----------------------------------------------------------------------------------------------------------------------
 # Code in prose: hidden from the mappers, since most of what they look for means something else in code
 
-# A fence that is never closed goes on to the end, as in CommonMark.
-FENCE = r"^[ \t>]*+(?P<fence>`{3,}|~{3,})[^\n`]*$(?:(?s:.*?)^[ \t>]*+(?P=fence)[`~]*[ \t]*$|(?s:.*)\Z)"
+# A fence that is never closed goes on to the end, as in CommonMark. One that names a language may open after text in
+# its line, as people write it in chats.
+OPENING = r"(?:^[ \t>]*+(?P<fence>`{3,}|~{3,})[^\n`]*|(?<!`)(?P<late>`{3,})[A-Za-z][\w+#.\-]*[ \t]*)$"
+FENCE = OPENING + r"(?:(?s:.*?)^[ \t>]*+(?:(?P=fence)|(?P=late))[`~]*[ \t]*$|(?s:.*)\Z)"
+FENCE_LINE = re.compile(r"^[ \t>]*+(?:`{3,}|~{3,})", re.MULTILINE)  # one that opens or closes a fence
 SPAN = r"(?<!`)(?P<ticks>`{1,3})(?!`)[^\n`]{1,200}(?P=ticks)(?!`)"
 # A line that is code although no fence says so. One that begins with a tag or a backslash is HTML or LaTeX.
 STATEMENT = r"""[ \t]*+(?![<\\])(?:
@@ -95,6 +98,7 @@ def show_code(text, codes):
 # encoding, none combines with its neighbours, and without & there is no entity.
 SOUND = re.compile("[\n\t -%'-~·—‘’“”…①-⑳□○●◎◇★☆\u3000-\u3011\u4e00-\u9fff\ufdd0-\ufde0\uff01-\uff5e]*+")
 C1_CONTROLS = re.compile("[\x80-\x9f]")
+NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")
 
 
 def fix_unicode(text):
@@ -110,7 +114,9 @@ def fix_unicode(text):
         text = unicodedata.normalize("NFC", html.unescape(text)).replace("\r\n", "\n").replace("\r", "\n")
     else:
         kept = {"fix_character_width": False, "uncurl_quotes": False, "fix_latin_ligatures": False}
-        text = ftfy.fix_text(text, normalization="NFC", **kept)
+        fixed = ftfy.fix_text(text, normalization="NFC", **kept)
+        if NONCHARACTERS.findall(fixed) == NONCHARACTERS.findall(text):  # else it has made marks of hidden code
+            text = fixed
     return C1_CONTROLS.sub("", text)
 
 
@@ -177,11 +183,16 @@ def normalize_all_spaces(text):
 # ----------------------------------------------------------------------------------------------------------------------
 # Addresses
 
-EMAIL = re.compile(r"(?<![A-Za-z0-9.\-+_])[A-Za-z0-9.\-+_]++@[a-z0-9.\-+_]+\.[a-z]{2,24}(?![a-z0-9(\[])")
+# Of hosts without a scheme only these count: x@self.weight is a product, and Vue.js/React.js are two names.
+DOMAINS = "com|cn|org|net|edu|gov|mil|io|hk|tw|jp|kr|sg|uk|us|eu|de|fr|nl|ca|au|ru|br|in|ch|se"
+EMAIL = re.compile(
+    rf"(?<![A-Za-z0-9.\-+_])[A-Za-z0-9.\-+_]++@[a-z0-9.\-+_]+\.(?:{DOMAINS}|info|biz|me|cc|name|ai|dev)"
+    r"(?![a-z0-9(\[.\-+_]|:[\w/])"
+)
 
 
 def clean_email(text):
-    """Remove mail addresses. What a bracket follows is none: x@w.view(1, 2) is a product of matrices."""
+    """Remove mail addresses. x@w.view(1, 2) and x@self.weight are products, git@github.com:a/b.git is a path."""
     return EMAIL.sub("", text) if "@" in text else text
 
 
@@ -206,19 +217,22 @@ CHINESE = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff00-\uffef"
 MARKS = "\ufdd0-\ufde0"
 
 
-def link_pattern(stop, host):
-    """A pattern for scheme://, www. or name.tld/ and what follows, up to white space or `stop`, brackets balanced."""
+def link_pattern(stop, host, domains):
+    """A pattern for scheme://, www. or name.tld/ and what follows, up to white space or `stop`, brackets balanced.
+
+    domains: a pattern of the tld.
+    """
     body = rf"(?:[^\s()<>{stop}]++|\([^\s()<>{stop}]*+(?:\([^\s()<>{stop}]*+\)[^\s()<>{stop}]*+)*+\))++"
     scheme = r"[a-z][a-z0-9+]{0,15}://(?!localhost|127\.|0\.0\.0\.0)"
-    start = rf"(?<![a-z0-9])(?:{scheme}|www[0-9]{{0,3}}\.)|(?<![a-z0-9.\-])[a-z0-9.\-]+\.[a-z]{{2,4}}/"
+    start = rf"(?<![a-z0-9])(?:{scheme}|www[0-9]{{0,3}}\.)|(?<![a-z0-9.\-/])[a-z0-9.\-]+\.(?-i:{domains})/"
     return re.compile(f"(?P<start>{start})(?:{host}(?:{body})?|{body})", re.IGNORECASE)
 
 
-LINK = link_pattern("", "(?!)")
+LINK = link_pattern("", "(?!)", "[A-Za-z]{2,4}")
 # A host with Chinese in it: only where the name does not begin with a whole host in ASCII, as in "http://a.cn这里".
 CHINESE_HOST = r"(?![a-z0-9\-]+(?:\.[a-z0-9\-]+)*\.[a-z]{2,6}(?![.\w])|[a-z0-9.\-]*\.[a-z]{2,6}[\u4e00-\u9fff])"
 CHINESE_HOST += r"(?:[\w\-]{1,63}\.){1,5}(?:[a-z]{2,6}|中国|公司|网络|网址|集团|在线|中文网)(?![a-z0-9])"
-LINK_IN_CHINESE = link_pattern(CHINESE + MARKS, CHINESE_HOST)
+LINK_IN_CHINESE = link_pattern(CHINESE + MARKS, CHINESE_HOST, DOMAINS)
 
 
 def clean_links(text, pattern=LINK_IN_CHINESE):

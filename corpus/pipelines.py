@@ -7,7 +7,7 @@ A pipeline keeps a document if low <= filter(text) <= high for all of its filter
 "published" has Steel-LLM's own settings (arXiv 2502.06635, tables 7 and 8), for comparison: they drop or damage most
 Chinese text. Its operators are Data-Juicer's. Those here differ in that
 
-clean_email               asks for a top-level domain of two letters, and no bracket after it
+clean_email               asks for a known top-level domain, and no bracket or path after it
 clean_html                makes line ends of tags that break a line; keeps what looks like a tag but is never closed
 clean_ip                  keeps versions and section numbers
 clean_all_links           keeps addresses of this machine
@@ -112,7 +112,7 @@ CHINESE = 0.2  # "auto" takes a text for Chinese if this share of its letters is
 
 def pipeline_of(document, choice="auto"):
     """The name of the pipeline for a document: `choice`, but "auto" goes by the document, and a chat is not prose."""
-    if document.kind in ("chat", "pair") and choice in ("auto", "zh", "en"):
+    if isinstance(document.content, list) and choice in ("auto", "zh", "en"):
         return "chat"
     if choice == "auto":
         return "code" if document.kind == "code" else language(document.text)
@@ -141,11 +141,18 @@ def clean(document, pipeline="auto", judge_chats=False, watch=None):
         return document, "malformed"
     if document.dropped_by:
         return document, document.dropped_by
-    cleaned = document.map(lambda text: watched(mappers.clean_text, text, watch))
+    cleaned = document.map(lambda text: watched(mappers.clean_text, text, watch)).merge_turns()
     if not cleaned.text:
         return cleaned, "empty"
     name = pipeline_of(cleaned, pipeline)
-    cleaned = cleaned.map(lambda text: apply_mappers(text, name, watch)).merge_turns()
+    is_chat = isinstance(cleaned.content, list)
+
+    def map_text(text):
+        mapped = apply_mappers(text, name, watch)
+        # A message that is nothing but a tag or a link stays: it is what the chat is about.
+        return text if is_chat and not mapped and any(map(str.isalnum, text)) else mapped
+
+    cleaned = cleaned.map(map_text).merge_turns()
     if cleaned.roles != document.roles or not cleaned.roles & {"assistant", "chosen"}:
         return cleaned, "empty"  # cleaning has left nothing of what one side says, or nobody answers
     if document.kind == "pair" and cleaned.answered("chosen") == cleaned.answered("rejected"):
@@ -162,14 +169,15 @@ def clean(document, pipeline="auto", judge_chats=False, watch=None):
 def sides(chat):
     """What the user says, and what the assistant says, one string each; of a chat without questions only the latter.
 
-    The chosen answer of a pair is the assistant's; the rejected one may be as bad as it likes.
+    What is said again in the same words counts once: "go on" may be said often. The chosen answer of a pair is the
+    assistant's; the rejected one may be as bad as it likes.
     """
     said = {"user": "user", "assistant": "assistant", "chosen": "assistant"}
     sides = {"user": [], "assistant": []}
     for message in chat.content:
         if message["role"] in said:
             sides[said[message["role"]]].append(message["content"])
-    return ["\n".join(texts) for texts in sides.values() if texts]
+    return ["\n".join(dict.fromkeys(texts)) for texts in sides.values() if texts]
 
 
 def apply_mappers(text, pipeline, watch=None):
@@ -202,7 +210,7 @@ SPLIT_AT = ("\n\n", "\n", "\r", "。", "！", "？", ". ", " ")  # from the best
 def split_long(document, choice="auto"):
     """A text that is too long for its pipeline, as documents of about equal length cut at paragraphs or sentences."""
     text = document.content
-    longest = inf if document.kind in ("chat", "pair") else PIPELINES[pipeline_of(document, choice)].longest
+    longest = inf if isinstance(text, list) else PIPELINES[pipeline_of(document, choice)].longest
     if document.problem or len(text) <= longest:
         return [document]
     size = len(text) // -(-len(text) // int(0.9 * longest))  # below the bound: the last piece gets what others leave
@@ -211,6 +219,9 @@ def split_long(document, choice="auto"):
         end = start + size
         found = ((text.rfind(mark, start + size // 2, end), mark) for mark in SPLIT_AT)
         cut = next((at + len(mark) for at, mark in found if at > 0), end)
+        fences = [match.start() for match in mappers.FENCE_LINE.finditer(text, start, cut)]
+        if len(fences) % 2 and fences[-1] > start:  # not inside a fence, unless it is as long as a piece
+            cut = fences[-1]
         pieces.append(text[start:cut])
         start = cut
     return [document._replace(content=piece) for piece in [*pieces, text[start:]]]

@@ -285,6 +285,7 @@ ROW_READERS = [
         {"context", *OF_CHATS},
         exchange("instruction", "response", "instruction", "context"),
     ),
+    ({"input", "output"}, OF_CHATS, exchange("input", "output", "instruction")),
     ({"kind", "input", "target"}, OF_CHATS, exchange("input", "target", "firefly")),
     ({"messages"}, OF_CHATS, turns_in("messages", "messages")),
     ({"conversations"}, OF_CHATS, turns_in("conversations", "conversations")),

@@ -4,11 +4,12 @@ import hashlib
 import math
 import random
 from collections import Counter
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from corpus.copies import fingerprints, near_copies
+from corpus.copies import MOST_COMPARED, fingerprints, near_copies
 from corpus.default import fetch, read_newspaper
 from corpus.ngrams import ngram_counts
 from corpus.reference import MAX_PERPLEXITY, NGram
@@ -80,7 +81,7 @@ def test_many_short_texts_have_the_fingerprints_of_each_alone():
 
 
 @pytest.mark.quick
-def test_near_copies_are_all_pairs_within_the_distance_joined():
+def test_near_copies_are_those_within_the_distance_of_one_that_stays():
     random.seed(0)
     prints = []
     for _ in range(150):
@@ -91,21 +92,57 @@ def test_near_copies_are_all_pairs_within_the_distance_joined():
                 copy ^= 1 << bit
             prints.append(copy)
     random.shuffle(prints)
-    first = list(range(len(prints)))
-
-    def find(i):
-        return i if first[i] == i else find(first[i])
-
+    expected = []
     for i, one in enumerate(prints):
+        expected.append(i)
         for j in range(i):
             difference = one ^ prints[j]
-            if (difference >> 64).bit_count() <= 4 and difference.bit_count() <= 12:
-                a, b = sorted((find(i), find(j)))
-                first[b] = a
-    expected = [find(i) for i in range(len(prints))]
+            near = (difference >> 64).bit_count() <= 4 and difference.bit_count() <= 12
+            if expected[j] == j and near and expected[i] == i:
+                expected[i] = j
     words = np.array([[number >> 64, number & MASK] for number in prints], dtype=np.uint64)
     assert near_copies(words).tolist() == expected
     assert 100 < len(set(expected)) < 500
+
+
+@pytest.mark.quick
+def test_nearness_is_not_passed_on():
+    steps = [(1 << 3 * i) - 1 for i in range(10)]  # each three bits from the one before
+    assert near_copies(np.array([[step, 0] for step in steps], dtype=np.uint64)).tolist() == [
+        0,
+        0,
+        2,
+        2,
+        4,
+        4,
+        6,
+        6,
+        8,
+        8,
+    ]
+
+
+@pytest.mark.quick
+def test_a_chat_is_a_near_copy_only_of_answers_to_the_same():
+    passage, answer = own_text(1500, 0), own_text(3000, 1)
+    edited = answer[:100] + "改" + answer[101:]
+    asked = [passage + "一", passage + "一", passage + "二", "", passage + "一"]
+    said = [answer, edited, answer, answer, own_text(200, 2)]
+    assert near_copies(fingerprints(said, asked)).tolist() == [0, 0, 2, 3, 4]
+    short = fingerprints(["好评。"] * 300, [own_text(50, i) for i in range(300)])
+    assert near_copies(short).tolist() == list(range(300))
+
+
+def test_time_is_linear_where_all_agree_in_their_bands():
+    """Counted in comparisons: prints that agree in two bands and are not near meet MOST_COMPARED others at most."""
+    n = 20_000
+    prints = np.random.default_rng(0).integers(1 << 63, size=(n, 2), dtype=np.uint64)
+    prints[:, 0] &= np.uint64((1 << 42) - 1)  # two bands of zeros
+    counted = []
+    count = np.bitwise_count
+    with mock.patch.object(np, "bitwise_count", lambda array: counted.append(array.size) or count(array)):
+        assert near_copies(prints).tolist() == list(range(n))
+    assert sum(counted) < 2 * n * MOST_COMPARED
 
 
 @pytest.mark.quick

@@ -20,10 +20,9 @@ MEASURED = [
     ("special_characters", "太好了！！！！！ ~~~", 2 / 5),  # a run counts once
     ("special_characters", "3 + 5 = 8", 2 / 5),
     ("special_characters", "|---|\n|---|", 1.0),
-    ("sameness", "好" * 20, 10 / 11),
-    ("sameness", "abcdefghij" * 3, 11 / 21),
-    ("sameness", "abcdefghijklmnop", 0.0),
-    ("sameness", "好" * 9, 0.0),  # no n-gram
+    ("sameness", "好" * 100, 90 / 91),
+    ("sameness", "abcdefghij" * 10, 81 / 91),
+    ("sameness", "好" * 49, 0.0),  # too short to be the same over and over
     ("text_length", "一二", 2),
 ]
 

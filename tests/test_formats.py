@@ -312,3 +312,15 @@ def test_a_long_chinese_file_name_becomes_a_source(tmp_path):
     call("prepare.py", path, "--out", tmp_path / "out", "--vocab-size", 600, "--workers", 1)
     [source] = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))["ledger"]
     assert source.startswith("《却说三国演义之群英荟萃") and len(source.encode("utf-8")) <= 200
+
+
+@pytest.mark.quick
+def test_a_text_file_is_not_cut_inside_a_fence(tmp_path):
+    section = "# 标题\n说明。\n```html\n" + '<div class="a">\n' * 60 + "```\n"
+    long = "```\n" + "x = 1\n" * 20_000 + "```\n"
+    (tmp_path / "a.md.txt").write_text(section * 50 + long + section * 5, encoding="utf-8")
+    texts = [document.text for _, _, document in read(tmp_path / "a.md.txt")]
+    assert "".join(texts) == section * 50 + long + section * 5
+    whole = [text for text in texts if "x = 1" not in text]
+    assert len(whole) > 15 and all(text.count("```") % 2 == 0 for text in whole)
+    assert max(map(len, texts)) < 21_000  # a fence that is far longer is cut

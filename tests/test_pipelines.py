@@ -137,14 +137,60 @@ def test_what_drops_a_document_before_any_filter():
     assert clean(Document("\ufeffa"), "none") == (Document("a"), None)
 
 
+KEPT_CHATS = {
+    "an answer that is a tag": ["换行用什么标签？", "<br>"],
+    "an answer that is a link": ["官网是什么？", "https://www.python.org"],
+    "questions around a link": ["官网是什么？", "https://www.python.org", "那 1+1 等于几？", "2"],
+    "frameworks": ["前端用什么？", "可以用Vue.js/React.js，后端用Node.js/Express或ASP.NET/PHP。"],
+    "files": ["改哪里？", "请修改setup.py/README.md，在/Applications/Xcode.app/Contents里。"],
+    "a fence after text": ["怎么写？", '代码如下：```html\n<div class="a">\n  <p>你好</p>\n</div>\n```\n希望有帮助。'],
+    "a fence in a list": ["怎么写？", "1. ```html\n<p>你好</p>\n```\n2. 完成"],
+    "a number of one digit": ["10的30次方写出来是多少？", "1" + "0" * 30],
+    "laughter": ["好笑吗？", "哈" * 20],
+    "go on": [text for i in range(60) for text in ("继续", f"第{i}回，{chr(0x4E00 + 37 * i) * 3}出兵。")],
+}
+
+
 @pytest.mark.quick
-def test_a_turn_that_cleaning_empties_is_left_out_and_half_an_emoji_is_replaced():
+@pytest.mark.parametrize("kind", KEPT_CHATS)
+def test_chats_that_stay_as_they_are(kind):
+    turns = [(("user", "assistant")[i % 2], text) for i, text in enumerate(KEPT_CHATS[kind])]
+    assert clean(chat(*turns)) == (chat(*turns), None)
+
+
+@pytest.mark.quick
+def test_programs_keep_their_products_and_paths():
+    program = (
+        "import torch\n\nclass L:\n    def f(self, x):\n        y = x@self.weight\n        return y@self.weight.T\n"
+    )
+    program += "url = 'git@github.com:foo/bar.git'\n# by someone\n"
+    assert clean(Document(program.rstrip("\n"), "code")) == (Document(program.rstrip("\n"), "code"), None)
+
+
+@pytest.mark.quick
+def test_mojibake_of_the_marks_of_hidden_code_stays_and_ends_nothing():
+    for end in ("ï·\x95", "ï·\x91"):
+        text = "这里有一段文字，运行 `ls` 命令。 ï·\x90" + "ï·\x91" * 3 + end + " 再写一些字，够长了。"
+        cleaned, dropped_by = clean(Document(text))
+        assert dropped_by is None and cleaned.text.count("`ls`") == 1 and cleaned.text.endswith("再写一些字，够长了。")
+
+
+@pytest.mark.quick
+def test_a_long_text_is_not_cut_inside_a_fence():
+    section = "## 标题\n\n说明文字。\n\n```html\n" + '<div class="a">\n<p>你好</p>\n</div>\n' * 40 + "```\n\n"
+    pieces = split_long(Document(section * 200), "zh")
+    assert len(pieces) > 2 and "".join(piece.text for piece in pieces) == section * 200
+    assert all(piece.text.count("```") % 2 == 0 and len(piece.text) <= 100_000 for piece in pieces)
+
+
+@pytest.mark.quick
+def test_what_is_dirt_in_a_turn_goes_a_turn_that_says_nothing_goes_and_half_an_emoji_is_replaced():
     link, question = ("user", "https://a.cn/x"), ("user", "你好\ud83d，请问第一回讲什么？")
     answer = ("assistant", "宴桃园豪杰三结义。\ud83d")
     cleaned, dropped_by = clean(chat(link, question, answer), "auto")
     expected = chat(("user", "你好?，请问第一回讲什么？"), ("assistant", "宴桃园豪杰三结义。?"))
     assert dropped_by is None and cleaned == expected
-    assert clean(chat(link, answer), "auto")[1] == "empty"
+    assert clean(chat(("user", "\u200b■■\ufeff"), answer), "auto")[1] == "empty"
     assert clean(chat(question), "auto")[1] == "empty"  # nobody answers
 
 

@@ -662,3 +662,21 @@ def test_exams_as_chats_have_a_mask(tmp_path):
     for form, has_mask in (("text", False), ("chat", True), ("reasoning", True)):
         call("prepare.py", path, "--out", tmp_path / form, "--exams", form, *flags)
         assert all(("mask" in shard["sha256"]) == has_mask for shard in read_manifest(tmp_path / form)["shards"])
+
+
+def test_chats_under_one_long_system_turn_or_about_one_passage_are_no_near_copies(tmp_path):
+    draw, [shared] = random.Random(0), novel_texts(0, 1)
+    chats = []
+
+    def words(n):
+        return "".join(draw.choices(shared, k=n))
+
+    for i in range(200):
+        user = {"role": "user", "content": f"问{i}：{words(30)}"}
+        answer = {"role": "assistant", "content": words(60)}
+        chats.append({"messages": [{"role": "system", "content": shared[:1500]}, user, answer]})
+        chats.append({"instruction": f"阅读并回答：{words(20)}", "input": shared[:3000], "output": words(40)})
+    call("prepare.py", write_jsonl(tmp_path / "a.jsonl", chats), "--out", tmp_path / "out", "--vocab-size", "3000")
+    ledger = read_manifest(tmp_path / "out")["ledger"]
+    assert [counts["near_duplicate"][0] for counts in ledger.values()] == [0, 0]
+    assert sum(counts["kept"][0] for counts in ledger.values()) == 400
