@@ -40,7 +40,6 @@ WRITE = {"good": "写一条好评。", "bad": "写一条差评。", "either": "�
 JUDGE, RIDDLE = "这条评论是好评还是差评？\n", "歇后语："
 VERDICT = {"good": "好评。", "bad": "差评。"}
 LENGTHS = range(8, 81)  # characters of a review: a pair must fit into a sample of 256 tokens
-BETA = 0.1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -160,11 +159,10 @@ def log_probability(model, tokenizer, question, sampled):
     return sums[:, 0]
 
 
-def verdicts(model, tokenizer, reviews, label, n):
-    """The share of n held-out reviews of a label whose verdict is right."""
-    texts = [text for text in reviews[label] if is_held_out(text)][:n]
-    found = answers(model, tokenizer, [JUDGE + text for text in texts], tokens=8)
-    return np.mean([text == VERDICT[label] for text, _ in found])
+def verdicts(model, tokenizer, held_out):
+    """The share of (review, label) pairs whose verdict is right."""
+    found = answers(model, tokenizer, [JUDGE + text for text, _ in held_out], tokens=8)
+    return np.mean([text == VERDICT[label] for (text, _), (_, label) in zip(found, held_out)])
 
 
 def exact(model, tokenizer, riddles):
@@ -206,7 +204,10 @@ def main(argv=None):
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in zip(("chat", "pairs"), make_rows(reviews, seen)):
         path = folder / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if path.exists() and path.read_text(encoding="utf-8") != content:
+            raise ValueError(f"{path} was made with other flags: delete {folder}")
+        path.write_text(content, encoding="utf-8")
         if not (folder / f"data-{name}" / "manifest.json").exists():
             run("prepare.py", path, "--out", folder / f"data-{name}", "--tokenizer", args.data, "--pipeline", "none")
     sft = ["--recipe", "sft", "--data", folder / "data-chat", "--init-from", args.base, "--out", folder / "sft"]
@@ -223,7 +224,7 @@ def report(args, folder, reviews, seen, unseen):
     classifier = Classifier({label: [t for t in texts if not is_held_out(t)] for label, texts in reviews.items()})
     held_out = [(text, label) for label, texts in reviews.items() for text in texts if is_held_out(text)]
     right = np.mean([classifier.is_good(text) == (label == "good") for text, label in held_out])
-    majority = max(np.mean([label == kind for _, label in held_out]) for kind in WRITE)
+    majority = max(np.mean([label == kind for _, label in held_out]) for kind in VERDICT)
     models = {"base": args.base, "sft": folder / "sft", "dpo": folder / "dpo-0"}
     print("\nThe same requests:")
     for name, path in models.items():
@@ -236,11 +237,7 @@ def report(args, folder, reviews, seen, unseen):
     reference, tokenizer, _ = load(folder / "sft")
     for name, path in models.items():
         model, tokenizer, _ = load(path)
-        n = len(held_out)
-        judged = sum(
-            verdicts(model, tokenizer, reviews, label, n) * sum(kind == label for _, kind in held_out) / n
-            for label in VERDICT
-        )
+        judged = verdicts(model, tokenizer, held_out)
         riddles = exact(model, tokenizer, seen[:500]), exact(model, tokenizer, unseen)
         good, differ, kl = sampled(path, reference, classifier, 500, seed=0)
         shares = "".join(f"{share:>14.1%}" for share in (judged, *riddles, good, differ))
