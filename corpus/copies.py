@@ -144,9 +144,7 @@ def near_pairs(prints, first):
         keyed = np.sort(key << np.uint64(32) | np.arange(len(values), dtype=np.uint64))
         index, key = (keyed & np.uint64(0xFFFFFFFF)).astype(np.int64), keyed >> np.uint64(32)
         left = np.arange(len(values))
-        for step in range(
-            1, MOST_COMPARED
-        ):  # compare each with the one `step` places later, while their keys are equal
+        for step in range(1, MOST_COMPARED):  # each with the one `step` places later, while their keys are equal
             left = left[: np.searchsorted(left, len(values) - step)]
             left = left[key[left] == key[left + step]]
             if not len(left):
