@@ -45,7 +45,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     checkpoints_help = "steps, runs or Hugging Face folders (default: the newest run under out)"
     split_help = "split of the --task (default: val for ceval, whose test split has no answers, else test)"
-    scores = ("letter", "continuation", "chat", "generate")
+    scores = ("letter", "continuation", "chat", "steel", "generate")
     parser.add_argument("checkpoints", nargs="*", default=["out"], metavar="CHECKPOINT", help=checkpoints_help)
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--data", help="a prepared folder, instead of the one the checkpoint was trained on")
@@ -59,7 +59,9 @@ def get_args(argv=None):
     mode.add_argument("--task", choices=TASKS, help="score a benchmark")
     parser.add_argument("--questions", help="folder of the --task, as published")
     parser.add_argument("--split", help=split_help)
-    parser.add_argument("--shots", type=int, help="examples before each question of the --task (default: 5; chat: 0)")
+    parser.add_argument(
+        "--shots", type=int, help="examples before each question of the --task (default: 5; in chats 0)"
+    )
     parser.add_argument("--score", choices=scores, help="how a --task is answered: see extras/benchmarks.py")
     parser.add_argument("--out", help="with --task: write every answer into this .jsonl")
     parser.add_argument("--prompt", help="text for --routing")
@@ -85,16 +87,17 @@ def get_args(argv=None):
 
 def check_task(parser, args):
     """Fill in and check the flags that depend on the benchmark."""
-    scores = ("generate", "chat") if args.task == "gsm8k" else ("letter", "continuation", "chat")
+    scores = {"mmlu": ("letter", "continuation", "chat"), "gsm8k": ("generate", "chat")}
+    scores = scores.get(args.task, ("letter", "continuation", "chat", "steel"))
     args.score = args.score or scores[0]
     if args.questions is None:
         parser.error(f"--task {args.task} needs --questions: the folder with its files")
     if args.score not in scores:
         parser.error(f"--score {args.score}: expected {' or '.join(scores)} for {args.task}")
     if args.shots is None:
-        args.shots = 0 if args.score == "chat" else 5
-    if args.shots < 0 or args.shots and args.score == "chat":
-        parser.error(f"--shots {args.shots}: expected 0 or more, and none with --score chat")
+        args.shots = 0 if args.score in ("chat", "steel") else 5
+    if args.shots < 0 or args.shots and args.score in ("chat", "steel"):
+        parser.error(f"--shots {args.shots}: expected 0 or more, and none with --score chat or steel")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ MMLU (2009.03300), GSM8K (2110.14168).
         continuation   the likeliest option after the question, where neither it nor its shots list the options (cloze
                        form, arXiv 2406.08446): by log-likelihood, and the same per character and per byte
         chat           the letter (GSM8K: the last number) in a greedy answer to a user's turn, asked as Steel-LLM asks
-                       (arXiv 2502.06635); the answer is found by rules of our own, so that percentages are not exactly
-                       comparable with the paper's
+                       (arXiv 2502.06635); the answer is found by rules of our own
+        steel          the same, found by Steel-LLM's own rules for C-Eval and CMMLU, gaps in questions and the length
+                       of answers as there, so that percentages can be compared with the paper's
         generate       GSM8K: the last number in a greedy continuation of shots and question
 """
 
@@ -21,9 +22,7 @@ import itertools
 import json
 import math
 import os
-import re
 from collections import Counter
-from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,11 +32,12 @@ from tqdm import tqdm
 
 from checkpoint import load
 from common import write_atomically
+from extras.answers import LETTERS, STEEL, Steel, last_number, letter_in
 from extras.plot import pyplot
 from extras.subjects import CEVAL_HARD, SUBJECTS
 from sample import chat_ids, generate, prompt_prefix
 
-LETTERS = "ABCD"
+CHAT = ("chat", "steel")  # scores that ask as a user does
 BATCH_TOKENS = 16_384  # in a batch, counting the shots that its rows share
 
 
@@ -49,14 +49,15 @@ class Task(NamedTuple):
     split: str = "test"  # scored by default
     macro: bool = False  # whether its authors average over subjects, not over questions
     new_tokens: int = 64  # the most tokens of an answer in words
+    steel: Steel | None = None  # for --score steel
 
 
 CEVAL_HEADER = "以下是中国关于{}考试的单项选择题，请选出其中的正确答案。\n\n"
 CMMLU_HEADER = "以下是关于{}的单项选择题，请直接给出正确答案的选项。\n\n"
 MMLU_HEADER = "The following are multiple choice questions (with answers) about {}.\n\n"
 TASKS = {
-    "ceval": Task(CEVAL_HEADER, opening="答案：", space="", split="val", macro=True),
-    "cmmlu": Task(CMMLU_HEADER, before="题目：", opening="答案是：", space="", macro=True),
+    "ceval": Task(CEVAL_HEADER, opening="答案：", space="", split="val", macro=True, steel=STEEL["ceval"]),
+    "cmmlu": Task(CMMLU_HEADER, before="题目：", opening="答案是：", space="", macro=True, steel=STEEL["cmmlu"]),
     "mmlu": Task(MMLU_HEADER),
     "gsm8k": Task(before="Question: ", new_tokens=256),
 }
@@ -199,12 +200,12 @@ def render(task, question, listed=True, answer=None):
     return text if answer is None else f"{text}{task.space}{answer}\n\n"
 
 
-def user_turn(question):
-    """What a user asks in Steel-LLM's chat form."""
+def user_turn(question, gap=("", "")):
+    """What a user asks in Steel-LLM's chat form, gap[0] in the question replaced by gap[1]."""
     if not question.options:
         return question.text
     options = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, question.options))
-    return f"以下是一道单选题:\n{question.text}\n\n{options}\n请给出答案。\n"
+    return f"以下是一道单选题:\n{question.text.replace(*gap)}\n\n{options}\n请给出答案。\n"
 
 
 def letter_ids(tokenizer, task):
@@ -218,7 +219,7 @@ def letter_ids(tokenizer, task):
 
 def encode_prompt(tokenizer, task, score, text, prefix):
     """The ids of a prompt up to where the answer begins."""
-    if score == "chat":
+    if score in CHAT:
         return chat_ids(tokenizer, [{"role": "user", "content": text}], prefix)
     if score == "letter":  # encoded with a letter, as the space before it is part of the letter's token
         return prefix + tokenizer.encode(text + task.space + "A")[:-1]
@@ -236,25 +237,26 @@ def fit_shots(encode, header, shots, question, room):
 
 def build_prompts(tokenizer, task, score, subject, context, prefix):
     """A Prompt for each question of a Subject, for a model whose context has so many tokens. prefix: the first ids."""
-    header = "" if score == "chat" else task.header.format(subject.name)
+    header = "" if score in CHAT else task.header.format(subject.name)
     listed = score != "continuation"
     shots = [render(task, q, listed, q.answer if score == "letter" else q.solution) for q in subject.examples]
     letters = letter_ids(tokenizer, task) if score == "letter" else []
+    gap = [task.steel.gap] if score == "steel" else []
     encode = functools.partial(encode_prompt, tokenizer, task, score, prefix=prefix)
     prompts = []
     for question in subject.questions:
         options = [[i] for i in letters]
         if not listed:
             options = [tokenizer.encode(task.space + option) for option in question.options]
-        room = context - (max(map(len, options)) - 1 if options else new_tokens(task, context))
-        text = user_turn(question) if score == "chat" else render(task, question, listed)
+        room = context - (max(map(len, options)) - 1 if options else new_tokens(task, score, context))
+        text = user_turn(question, *gap) if score in CHAT else render(task, question, listed)
         prompts.append(Prompt(question, *fit_shots(encode, header, shots, text, room), options))
     return prompts
 
 
-def new_tokens(task, context):
+def new_tokens(task, score, context):
     """The most tokens of an answer in words: three quarters of the context are for the question."""
-    return min(task.new_tokens, context // 4)
+    return min(task.steel.new_tokens if score == "steel" else task.new_tokens, context // 4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -334,21 +336,10 @@ def continue_greedily(model, tokenizer, prompts, max_new_tokens):
             yield tokenizer.decode(itertools.takewhile(lambda i: i not in stops, row))
 
 
-def letter_in(text):
-    """The letter that an answer in words names, or None: after 答案 or "answer", else the first that is a word."""
-    found = re.search(r"(?:答案|[Aa]nswer)[^A-Z\n]{0,10}([A-D])(?![A-Za-z])", text)
-    found = found or re.search(r"(?<![A-Za-z])([A-D])(?![A-Za-z])", text)
-    return found and found[1]
-
-
-def last_number(text):
-    """The last number of a text, without commas and trailing zeros, or None: 1,200.50 -> 1200.5."""
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return format(Decimal(numbers[-1].replace(",", "")).normalize(), "f") if numbers else None
-
-
-def answer_in(text, task, question):
+def answer_in(text, task, score, question):
     """The letter or number in a greedy continuation. What follows a further question that it asks itself is ignored."""
+    if score == "steel":
+        return task.steel.letter(text, question)
     return letter_in(text) if question.options else last_number(text.split(task.before)[0])
 
 
@@ -379,9 +370,9 @@ def ask(model, tokenizer, task, score, subject, prefix):
                 predicted = letters if score == "continuation" else {score: letters["plain"]}
                 yield question, shots, predicted, {"nats": [n if n > -math.inf else None for n in nats]}
         else:
-            texts = continue_greedily(model, tokenizer, prompts, new_tokens(task, context))
+            texts = continue_greedily(model, tokenizer, prompts, new_tokens(task, score, context))
             for question, text in zip(questions, texts):
-                yield question, shots, {score: answer_in(text, task, question)}, {"text": text}
+                yield question, shots, {score: answer_in(text, task, score, question)}, {"text": text}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

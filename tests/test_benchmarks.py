@@ -14,6 +14,7 @@ from test_model import CAUSAL_KINDS, small
 from checkpoint import load
 from corpus.default import fetch_qwen
 from extras import benchmarks
+from extras.answers import STEEL, last_number, letter_in
 from extras.benchmarks import (
     SUBJECTS,
     TASKS,
@@ -24,13 +25,12 @@ from extras.benchmarks import (
     averages,
     build_prompts,
     continue_greedily,
-    last_number,
     letter_ids,
-    letter_in,
     log_likelihoods,
     print_report,
     read_subjects,
     subject_names,
+    user_turn,
 )
 from extras.huggingface import hugging_face_tensors
 from model import Config, Decoder
@@ -227,6 +227,7 @@ def test_damaged_folders_are_refused_in_one_line(tmp_path):
     refused(run("gsm8k", "--shots", 0), "test.jsonl, line 2: expected")
     refused(run("gsm8k", "--score", "letter"), "--score letter: expected generate or chat for gsm8k")
     refused(run("cmmlu", "--score", "chat", "--shots", 2), "none with --score chat")
+    refused(run("mmlu", "--score", "steel"), "--score steel: expected letter or continuation or chat for mmlu")
     refused(call("eval.py", "--task", "cmmlu", ok=False), "--task cmmlu needs --questions")
 
 
@@ -338,8 +339,55 @@ def test_letters_and_numbers_are_found_in_answers():
     }
     assert {text: last_number(text) for text in numbers} == numbers
     question = Question(1, "?", (), "5", "")
-    assert answer_in(" 2 + 3 = 5\n\nQuestion: and 7?", TASKS["gsm8k"], question) == "5"
-    assert answer_in("答案：D", TASKS["cmmlu"], question._replace(options=tuple("甲乙丙丁"))) == "D"
+    assert answer_in(" 2 + 3 = 5\n\nQuestion: and 7?", TASKS["gsm8k"], "chat", question) == "5"
+    assert answer_in("答案：D", TASKS["cmmlu"], "chat", question._replace(options=tuple("甲乙丙丁"))) == "D"
+
+
+@pytest.mark.quick
+def test_answers_read_as_steel_llm_reads_them():
+    """Each rule of its two programs by an example, and where they and ours differ."""
+    options = ("可靠，按序", "可靠", "不可靠。", "既不可靠，也不按序")
+    question = Question(1, "网络有几层。传输层的服务的特性是____。", options, "A", options[0])
+    ceval = {
+        "B。因为A不对": "B",
+        "选C。": "C",
+        "选择：D，": "D",
+        "答案应为B。": "B",
+        "A选项不正确，B选项正确": "B",
+        "C符合题意": "C",
+        "（D）": "D",
+        "传输层的服务的特性是可靠": "B",  # the stem becomes 答案是, an option its letter
+        "我想是既不可靠，也不按序。": "D",
+        "按序，可 靠": "A",  # no letter: the most similar option
+        "x=A=1, B": "B",
+    }
+    assert {text: answer_in(text, TASKS["ceval"], "steel", question) for text in ceval} == ceval
+    cmmlu = {
+        "B。因为A不对": "B",
+        "本题答案是：C": "C",
+        "应选择 D": "D",
+        "所以 A 选项正确，B 不对": "A",
+        "正确选项为 B": "B",
+        "C项符合题意": "C",
+        "答案选项：D": "D",
+        "答案选项为第三个即C": "C",
+        "看A，看B，D当选": "D",
+        "看A，看B，C\n才正确": "C",
+        "会是：B": "B",
+        "我看 D": "D",
+        "我看 A 或 D": None,
+        "我不知道": None,
+    }
+    assert {text: answer_in(text, TASKS["cmmlu"], "steel", question) for text in cmmlu} == cmmlu
+    ours = [letter_in(text) for text in ("A选项不正确，B选项正确", "我看 A 或 D", "我想是既不可靠，也不按序。")]
+    assert ours == ["A", "A", None]
+
+
+@pytest.mark.quick
+def test_gaps_in_questions_become_what_steel_llm_writes():
+    question = Question(1, "水由____和____。", tuple("甲乙丙丁"), "A", "甲")
+    asked = [user_turn(question, *gap).splitlines()[1] for gap in ([], [STEEL["ceval"].gap], [STEEL["cmmlu"].gap])]
+    assert asked == ["水由____和____。", "水由____和( )", "水由和。"]
 
 
 @torch.no_grad()
@@ -447,7 +495,8 @@ def test_the_command(small_data, tmp_path):
 
     shown = call("eval.py", steps[0], *flags, "--score", "continuation").stdout
     assert all(measure in shown for measure in ("plain", "per character", "per byte"))
-    assert "no answer" in call("eval.py", steps[0], *flags[:-2], "--score", "chat").stdout
+    for score in ("chat", "steel"):
+        assert "no answer" in call("eval.py", steps[0], *flags[:-2], "--score", score).stdout
     (tmp_path / "test.jsonl").write_text('{"question": "?", "answer": "#### 1"}\n', encoding="utf-8")
     shown = call("eval.py", steps[0], "--task", "gsm8k", "--questions", tmp_path, "--shots", 0).stdout
     assert "gsm8k test, --score generate --shots 0\n" in shown
