@@ -10,6 +10,8 @@ Conversations and pairs are made of the reviews and of 歇后语 (two-part sayin
     歇后语：a riddle                               -> its answer
     pairs of answers to 写一条评论。                -> a good review is preferred to a bad one of about its length
 
+A third model is tuned on the riddles alone, thirty times each: does it keep them?
+
 The preference is the sentiment of the DPO paper (arXiv 2305.18290, section 6.1). A classifier of characters, trained on
 the same reviews, says which sampled reviews are good. Reviews are split by a hash before anything is made of them; what
 is reported was not trained on.
@@ -202,7 +204,9 @@ def main(argv=None):
     seen, unseen = riddles[: args.riddles], riddles[args.riddles :][:500]
     folder = Path("out/demo-tuned")
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in zip(("chat", "pairs"), make_rows(reviews, seen)):
+    chats, pairs = make_rows(reviews, seen)
+    alone = [row for row in chats if row["messages"][0]["content"].startswith(RIDDLE)]
+    for name, rows in {"chat": chats, "riddles": alone, "pairs": pairs}.items():
         path = folder / f"{name}.jsonl"
         content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         if path.exists() and path.read_text(encoding="utf-8") != content:
@@ -210,9 +214,9 @@ def main(argv=None):
         path.write_text(content, encoding="utf-8")
         if not (folder / f"data-{name}" / "manifest.json").exists():
             run("prepare.py", path, "--out", folder / f"data-{name}", "--tokenizer", args.data, "--pipeline", "none")
-    sft = ["--recipe", "sft", "--data", folder / "data-chat", "--init-from", args.base, "--out", folder / "sft"]
-    sft += ["--minutes", args.minutes, "--block-size", 256, "--resume"]
-    run("train.py", *sft, "--batch-documents", 64, "--lr", 1e-3)
+    sft = ["--recipe", "sft", "--init-from", args.base, "--block-size", 256, "--batch-documents", 64, "--lr", 1e-3]
+    for name, data, length in (("sft", "chat", ["--minutes", args.minutes]), ("riddles", "riddles", ["--epochs", 30])):
+        run("train.py", *sft, "--data", folder / f"data-{data}", "--out", folder / name, *length, "--resume")
     for seed in range(args.seeds):
         dpo = ["--recipe", "dpo", "--data", folder / "data-pairs", "--init-from", folder / "sft"]
         dpo += ["--out", folder / f"dpo-{seed}", "--seed", seed, "--resume"]
@@ -225,15 +229,15 @@ def report(args, folder, reviews, seen, unseen):
     held_out = [(text, label) for label, texts in reviews.items() for text in texts if is_held_out(text)]
     right = np.mean([classifier.is_good(text) == (label == "good") for text, label in held_out])
     majority = max(np.mean([label == kind for _, label in held_out]) for kind in VERDICT)
-    models = {"base": args.base, "sft": folder / "sft", "dpo": folder / "dpo-0"}
+    models = {"base": args.base} | {name: folder / name for name in ("sft", "riddles", "dpo-0")}
     print("\nThe same requests:")
     for name, path in models.items():
         model, tokenizer, _ = load(path)
         for request in (*WRITE.values(), JUDGE + "房间很脏，服务态度也差。", RIDDLE + seen[0][0]):
             (text, _), *_ = answers(model, tokenizer, [request], temperature=0.7)
-            print(f"{name:<5} {request!r}: {text!r}")
+            print(f"{name:<7} {request!r}: {text!r}")
     columns = ("good/bad", "歇后语 seen", "unseen", "good reviews", "differ", "KL, nats")
-    print("\n      " + "".join(f"{name:>14}" for name in columns))
+    print("\n" + " " * 8 + "".join(f"{name:>14}" for name in columns))
     reference, tokenizer, _ = load(folder / "sft")
     for name, path in models.items():
         model, tokenizer, _ = load(path)
@@ -241,7 +245,7 @@ def report(args, folder, reviews, seen, unseen):
         riddles = exact(model, tokenizer, seen[:500]), exact(model, tokenizer, unseen)
         good, differ, kl = sampled(path, reference, classifier, 500, seed=0)
         shares = "".join(f"{share:>14.1%}" for share in (judged, *riddles, good, differ))
-        print(f"{name:<6}{shares}{kl:>14.2f}")
+        print(f"{name:<8}{shares}{kl:>14.2f}")
     print(f"classifier {right:.1%} of {len(held_out):,} held-out reviews, majority {majority:.1%}")
     run("eval.py", folder / "sft", folder / "dpo-0", "--data", folder / "data-pairs")
     if args.png:
