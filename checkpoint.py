@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError  # what torch.load raises for code in a file: it is refused, not run
 
@@ -64,6 +64,13 @@ def load(path):
         model.load_state_dict(read_tensors(path / "model.pt"))
         info = Info(path, state, state["chat"], eos_first=True)
     return model, load_tokenizer(path, model.config.vocab_size), info
+
+
+def isolate(model, eos_id):
+    """Keep the documents of a sample apart, as training does where they are packed -> the model, which is changed."""
+    if not model.config.reads_ahead:
+        model.config = replace(model.config, reset_id=eos_id)
+    return model
 
 
 STEP_NAME = re.compile(r"step-([0-9]{8,})")
@@ -341,8 +348,8 @@ class Log:
             )
 
     def cut(self, step):
-        """Remove what was written beyond a step; returns the last step that was evaluated."""
-        evaluated, end = 0, 0
+        """Remove what was written beyond a step; returns the last step that was evaluated, or -1."""
+        evaluated, end = -1, 0
         self.file.seek(0)
         for line in self.file.read().splitlines(keepends=True):
             try:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from checkpoint import isolate, load
 from data import evenly_spaced, inputs_and_targets, write_array
 
 
@@ -116,17 +117,31 @@ def score_answers(model, samples, numbers, batch, ranks, stopping=None):
     return result
 
 
+def load_reference(path, weights, eos_id, device):
+    """The model that training began with, if its weights_hash is still that; else ValueError."""
+    model = load(path)[0]
+    if weights_hash(model) != weights:
+        raise ValueError(f"--init-from {path} is not the model that the run began with: bring it back")
+    return isolate(model, eos_id).to(device)
+
+
+def read_sums(path, shape):
+    """What add_reference wrote, or None if it is not there or damaged: it is then computed again."""
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        found = np.load(path, allow_pickle=False)
+        return found if found.shape == shape else None
+
+
 def add_reference(splits, weights, get_model, batch, ranks):
     """Set the attribute reference of each of the splits: from a file beside the data, or computed.
 
-    weights: the reference's weights_hash. get_model(): the reference, called only if there is no such file. ValueError
-    if it has other weights.
+    weights: the reference's weights_hash. get_model(): the reference, called only if there is no such file.
     """
     for samples in splits:
         identity = json.dumps([weights, samples.block_size, samples.shard_hashes()])
         path = samples.path / f"reference-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npy"
-        if ranks.from_rank_0(path.exists()):
-            samples.reference = np.load(path, allow_pickle=False)
+        samples.reference = read_sums(path, (len(samples), most_answers(samples)))
+        if ranks.from_rank_0(samples.reference is not None):
             continue
         ranks.say(f"scoring {len(samples):,} samples with the reference, once: they are then read from {path}")
         samples.reference = score_answers(get_model(), samples, range(len(samples)), batch, ranks)[0].numpy()

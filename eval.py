@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import load
+from checkpoint import isolate, load
 from common import choose_device, read_text, run_command
 from data import TokenData, evenly_spaced, inputs_and_targets
-from dpo import Preference, add_reference, score_pairs
+from dpo import Preference, add_reference, load_reference, score_pairs
 from model import cross_entropy
 from parallel import Ranks
 from tokenizer import load_tokenizer
@@ -210,14 +210,14 @@ def print_leak(model, path, samples, token_bytes, device):
 # Pairs of answers
 
 
-def print_pairs(model, info, samples, header):
+def print_pairs(model, info, samples, eos_id, header):
     """A line of scores, those against a reference only if the model was trained from one -> its header, which is
     printed where it differs from the one before."""
     run, objective = info.state.get("args", {}), None
     if run.get("recipe") == "dpo":
 
         def reference():
-            return load(run["init_from"])[0].to(model.embedding.device)
+            return load_reference(run["init_from"], info.state["reference"], eos_id, model.embedding.device)
 
         objective = Preference(run["beta"], run["label_smoothing"], run["sft_weight"])
         add_reference([samples], info.state["reference"], reference, BATCH_PAIRS, Ranks())
@@ -239,6 +239,8 @@ def samples_of(args, tokenizer, info, T):
         return text_samples(args.text, tokenizer, T)
     pack = info.state.get("args", {}).get("pack", False)
     samples = TokenData(args.data or data_of(info), "val", T, pack)
+    if args.data and not pack and samples.mostly_chat():  # so that a base and what was tuned from it are compared
+        samples = TokenData(args.data, "val", T, pack=True)
     if load_tokenizer(samples.path).content != tokenizer.content:
         problem = f"{samples.path} was prepared with another tokenizer than {info.path}"
         raise ValueError(f"{problem}: score its text with --text")
@@ -275,8 +277,10 @@ def main(argv=None):
             continue
         T = model.config.block_size
         samples = samples_of(args, tokenizer, info, T if info.state else min(T, MAX_CONTEXT))
+        if getattr(samples, "rows", None):  # packed
+            isolate(model, tokenizer.eos_id)
         if getattr(samples, "pairs", False) and not args.leak:
-            header = print_pairs(model.eval(), info, samples, header)
+            header = print_pairs(model.eval(), info, samples, tokenizer.eos_id, header)
             continue
         if args.leak:
             print_leak(model, info.path, samples, tokenizer.token_bytes, device)

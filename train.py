@@ -39,7 +39,7 @@ from checkpoint import (
 )
 from common import can_compile, choose_device, keep_large_buffers
 from data import TokenData, batches, read_manifest, unserved
-from dpo import Preference, add_reference, weights_hash
+from dpo import Preference, add_reference, load_reference, weights_hash
 from eval import MAX_TOKENS
 from model import CHOICES, PRESETS, Config, Decoder, softmax_gradient
 from optim import load_optimizers, lr_factor, make_optimizers, scale_and_clip, update
@@ -71,11 +71,7 @@ def get_args(argv=None, **defaults):
     add("--out", default="out/demo", help="run directory")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out, if any, with its flags")
     add("--init-from", metavar="PATH", help="start from these weights: a checkpoint, a run, or a Hugging Face folder")
-    add(
-        "--recipe",
-        choices=RECIPES,
-        help="defaults of fine-tuning on chats, or of preference tuning on pairs of answers",
-    )
+    add("--recipe", choices=RECIPES, help="defaults of fine-tuning on chats, or of preferences on pairs of answers")
     add("--seed", type=int, default=0, help="of the initialisation and of the order of the data")
     # How long, how much at a time
     length = parser.add_mutually_exclusive_group()
@@ -93,7 +89,12 @@ def get_args(argv=None, **defaults):
     add("--schedule", choices=("cosine", "wsd"), default="wsd", help="after the warm-up, down to 0")
     add("--warmup", type=float, default=50, help="steps from 0 to the peak; below 1: that share of the run")
     add("--decay", type=float, default=0.8, help="share of the run in which wsd falls")
-    add("--beta", type=float, default=0.1, help="dpo: how dear it is to leave the reference, the model of --init-from")
+    add(
+        "--beta",
+        type=float,
+        default=0.1,
+        help="dpo: strength of the pull towards the model of --init-from",
+    )
     add("--label-smoothing", type=float, default=0.0, help="dpo: share of the pairs taken to be the wrong way round")
     add("--sft-weight", type=float, default=0.0, help="dpo: weight of the chosen answers' own loss")
     # Now and then
@@ -106,9 +107,7 @@ def get_args(argv=None, **defaults):
     # Machine
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--compile", action=switch, help="torch.compile; by default where a compiler is found")
-    add(
-        "--exact", action=switch, default=False, help="the same bits at 1, 2, 4, ... CPU processes, for a little memory"
-    )
+    add("--exact", action=switch, default=False, help="the same bits at 1, 2, 4, ... CPU processes")
     add("--shard", action=switch, default=False, help="FSDP2: shard parameters, gradients and optimizer over the ranks")
     add("--recompute", action=switch, default=False, help="activation checkpointing: keep only the input of each block")
     add("--verify", action="store_true", help="hash all shards of the data at the start, not only 1 GB of them")
@@ -139,6 +138,10 @@ def check_args(args, error):
         error("--exact sums whole gradients: leave --shard out")
     if args.preset and args.init_from:
         error(f"--init-from brings a model of its own: leave --preset {args.preset} out")
+    if args.recipe == "dpo" and not args.pack:
+        error("--recipe dpo keeps pairs apart: leave --no-pack out")
+    if args.recipe != "dpo" and (args.beta, args.label_smoothing, args.sft_weight) != (0.1, 0, 0):
+        error("--beta, --label-smoothing and --sft-weight go with --recipe dpo")
     for names, low in (
         ("steps micro_batch batch_tokens batch_documents eval_tokens log_every keep", 1),
         ("minutes epochs", 0.01),
@@ -261,9 +264,7 @@ def open_data(args, block_size, saved, ranks):
     train, val = (TokenData(args.data, split, block_size, args.pack) for split in ("train", "val"))
     if train.pairs != (args.recipe == "dpo"):
         has = "pairs of answers" if train.pairs else "no pairs of answers"
-        fix = (
-            "--recipe dpo trains on them" if train.pairs else "--recipe sft trains on chats; pairs are in docs/data.md"
-        )
+        fix = "--recipe dpo trains on them" if train.pairs else "--recipe sft trains on chats"
         raise ValueError(f"{args.data} has {has}: {fix}")
     for split in (train, val):
         split.check_hashes(max_bytes, seed, ranks.local_rank, ranks.local_world)
@@ -319,10 +320,8 @@ def add_references(args, model, splits, constants, saved, ranks):
     """For --recipe dpo: add to each split what the reference, the model of --init-from, says of its answers."""
 
     def reference():
-        origin = load(args.init_from)[0] if saved else model
-        if saved and weights_hash(origin) != constants["reference"]:
-            raise ValueError(f"--resume: {args.init_from} is not the model that the run began with: bring it back")
-        return origin.to(model.embedding.device)
+        weights, eos_id, device = constants["reference"], model.config.reset_id, model.embedding.device
+        return load_reference(args.init_from, weights, eos_id, device) if saved else model
 
     if args.recipe == "dpo":
         add_reference(splits, constants["reference"], reference, args.micro_batch, ranks)
@@ -444,8 +443,8 @@ def main(argv=None):
         load_optimizers(optimizers, read_tensors(checkpoint / "optimizer.pt"))
     if ranks.rank == 0 and not log:  # only now: a run that is refused leaves no folder
         log = Log(Path(args.out))
-    state.evaluated = ranks.from_rank_0(log.cut(state.step) if log else 0)
-    state.evaluated -= bool(args.recipe and not checkpoint)  # what the model was before is worth a line
+    least = -1 if args.recipe else 0  # of a model that is tuned, what it was before is worth a line
+    state.evaluated = max(least, ranks.from_rank_0(log.cut(state.step) if log else 0))
     saver = Saver(args, tokenizer, log, ranks, constants={**constants, "machine": machine})
     saver.last = state.step if checkpoint else None
     stop = Stop(args.out, compiled, ranks)

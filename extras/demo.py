@@ -195,7 +195,11 @@ def get_args(argv=None):
     parser.add_argument("--riddles", type=int, default=500, help="歇后语 to learn (default %(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="runs of preference tuning (default %(default)s)")
     parser.add_argument("--png", help="draw the share of good reviews against KL (needs matplotlib)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("seeds", "riddles"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: expected 1 or more")
+    return args
 
 
 def main(argv=None):

@@ -292,7 +292,7 @@ def test_a_full_disk_takes_no_line_from_the_log(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == expected
     log = Log(tmp_path)
     log.file.write(b'{"step": 1001, "lo')
-    assert log.cut(700) == 0
+    assert log.cut(700) == -1
     assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == expected[: expected.index('{"step": 701')]
 
 
@@ -303,7 +303,7 @@ def test_cut_names_the_last_evaluation_that_stays(tmp_path):
         log.add(step=step, loss=1.0)
         if step % 3 == 0:
             log.add(step=step, val_loss=2.0)
-    for step, evaluated in ((8, 6), (6, 6), (5, 3), (2, 0)):
+    for step, evaluated in ((8, 6), (6, 6), (5, 3), (2, -1)):
         assert log.cut(step) == evaluated
     assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").count("\n") == 2
 

@@ -249,6 +249,17 @@ def test_preference_tuning_prefers_what_people_do(tuning, tmp_path):
     assert float(accuracy) == 1 and float(loss) == pytest.approx(lines[-1]["val_loss"], abs=1e-4)
     plain = call("eval.py", tuning / "base", "--data", tuning / "pairs").stdout.splitlines()
     assert plain[0].split() == ["checkpoint", "likelier", "pairs"]
+    origin, tokenizer, _ = load(tuning / "base")
+    base, held_out = Decoder(replace(origin.config, reset_id=tokenizer.eos_id)), TokenData(tuning / "pairs", "val", 256)
+    base.load_state_dict(origin.state_dict())
+    likelier = []
+    for ids, targets in (map(torch.from_numpy, inputs_and_targets(held_out, i)) for i in range(len(held_out))):
+        log_p = base(ids[None])[0].log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
+        ends = [i for i in range(len(targets)) if targets[i] < 0 <= targets[i - 1]]
+        begins = [i for i in range(1, len(targets)) if targets[i - 1] < 0 <= targets[i]]
+        answers = [log_p[begin:end].sum() for begin, end in zip(begins, [*ends, len(targets)])]
+        likelier += [bool(chosen > rejected) for chosen, rejected in zip(answers[::2], answers[1::2])]
+    assert float(plain[1].split()[1]) == pytest.approx(np.mean(likelier), abs=1e-4)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -288,6 +299,8 @@ BAD = [
     (["--recipe", "dpo", "--data", "PAIRS"], "--recipe dpo goes on from a trained model: name it with --init-from"),
     ([*DPO, "--beta", "0"], "--beta 0.0: expected more than 0"),
     ([*DPO, "--beta", "-1"], "--beta -1.0: expected more than 0"),
+    ([*DPO, "--no-pack"], "--recipe dpo keeps pairs apart"),
+    (["--data", "CHAT", "--sft-weight", "1"], "--sft-weight go with --recipe dpo"),
     ([*DPO, "--label-smoothing", "0.5"], "--label-smoothing 0.5: expected 0 or more, below 0.5"),
 ]
 
@@ -313,6 +326,36 @@ def test_another_reference_at_a_resume_is_refused_unless_its_sums_are_there(tuni
     for path in pairs.glob("reference-*"):
         path.unlink()
     refused(call("train.py", *flags, "--steps", "4", "--resume", ok=False), "is not the model that the run began with")
+    refused(call("eval.py", tmp_path / "dpo", ok=False), "is not the model that the run began with")
+    assert not list(pairs.glob("reference-*"))
+
+
+def test_a_resume_computes_lost_or_damaged_sums_of_the_reference_again(tuning, tmp_path):
+    pairs = shutil.copytree(tuning / "pairs", tmp_path / "pairs", ignore=shutil.ignore_patterns("reference-*"))
+    flags = ["--recipe", "dpo", "--data", pairs, "--init-from", tuning / "base", "--batch-documents", "8"]
+    flags += ["--micro-batch", "2", "--no-compile", "--eval-every", "0", "--out", tmp_path / "dpo"]
+    call("train.py", *flags, "--steps", "2")
+    sums = {path: np.load(path) for path in pairs.glob("reference-*")}
+    lost, damaged = sums
+    lost.unlink()
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    call("train.py", *flags, "--steps", "3", "--resume")
+    assert len(sums) == 2
+    for path, before in sums.items():
+        np.testing.assert_allclose(np.load(path), before, rtol=0, atol=1e-4)
+
+
+def test_a_kill_before_the_first_checkpoint_repeats_no_line(tuning, tmp_path):
+    out = tmp_path / "sft"
+    argv = ["--recipe", "sft", "--data", tuning / "chat", "--init-from", tuning / "base", "--no-compile", "--out", out]
+    argv += ["--log-every", "1", "--eval-every", "100", "--steps", "6", "--micro-batch", "2", "--batch-documents", "8"]
+    (process,) = start(1, ROOT / "train.py", *argv)
+    process.wait_for("step     2/")
+    process.kill()
+    process.communicate()
+    finish(start(1, ROOT / "train.py", *argv, "--resume"))
+    evaluated = [line["step"] for line in log_lines(out) if "val_loss" in line]
+    assert evaluated == [0, 6]
 
 
 def test_a_folder_with_pairs_and_texts_is_refused(tuning, tmp_path):
