@@ -6,6 +6,7 @@
 What ranks agree on are CPU tensors, summed by gloo: a GPU is never waited for.
 """
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -140,6 +141,33 @@ def sum_over_ranks(tensors):
     if dist.is_initialized():
         for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
             work.wait()
+
+
+@contextlib.contextmanager
+def summing_gradients(params):
+    """All-reduce the gradients that a backward inside makes while it goes on, the last parameter's first.
+
+    A gradient that is made before its turn waits for it: ranks start the same sums in the same order.
+    """
+    if not dist.is_initialized():
+        yield
+        return
+    waiting, made, started = list(params), set(), []
+
+    def start(p):
+        made.add(p)
+        while waiting and waiting[-1] in made:
+            started.append(dist.all_reduce(waiting.pop().grad, async_op=True))
+
+    hooks = [p.register_post_accumulate_grad_hook(start) for p in params]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for work in started:
+        work.wait()
+    sum_over_ranks([p.grad for p in reversed(waiting)])
 
 
 def exact_sums(micro_sums, n_micro, ranks):

@@ -43,7 +43,7 @@ from dpo import Preference, add_reference, load_reference, weights_hash
 from eval import MAX_TOKENS
 from model import CHOICES, PRESETS, Config, Decoder, softmax_gradient
 from optim import load_optimizers, lr_factor, make_optimizers, scale_and_clip, update
-from parallel import Stop, apply_fsdp, exact_sums, run_rank, start_ranks, sum_over_ranks
+from parallel import Stop, apply_fsdp, exact_sums, run_rank, start_ranks, sum_over_ranks, summing_gradients
 from prepare import prepare
 from report import Reporter, describe_machine, describe_run
 from tokenizer import load_tokenizer
@@ -89,12 +89,7 @@ def get_args(argv=None, **defaults):
     add("--schedule", choices=("cosine", "wsd"), default="wsd", help="after the warm-up, down to 0")
     add("--warmup", type=float, default=50, help="steps from 0 to the peak; below 1: that share of the run")
     add("--decay", type=float, default=0.8, help="share of the run in which wsd falls")
-    add(
-        "--beta",
-        type=float,
-        default=0.1,
-        help="dpo: strength of the pull towards the model of --init-from",
-    )
+    add("--beta", type=float, default=0.1, help="dpo: strength of the pull towards the model of --init-from")
     add("--label-smoothing", type=float, default=0.0, help="dpo: share of the pairs taken to be the wrong way round")
     add("--sft-weight", type=float, default=0.0, help="dpo: weight of the chosen answers' own loss")
     # Now and then
@@ -388,9 +383,11 @@ def gradients(model, objective, micro_batches, args, ranks, device):
     totals = 0
     for i in range(len(micro_batches)):
         sums = forward(i)
-        sums[0].backward()
+        is_last = i == len(micro_batches) - 1
+        with summing_gradients(params if is_last and not args.shard else []):  # FSDP sums by itself
+            sums[0].backward()
         totals = totals + sums.detach()
-    sum_over_ranks([totals] if args.shard else [*(p.grad for p in params), totals])  # FSDP has summed the gradients
+    sum_over_ranks([totals])
     return totals
 
 

@@ -135,6 +135,19 @@ def test_compiled_blocks_are_causal_to_the_last_bit_and_have_the_gradients_of_ea
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("changes", [*CAUSAL_KINDS, dict(dispatch="sequence"), dict(reset_id=0)], ids=str)
+def test_a_block_compiles_as_one_graph(changes, recompute):
+    """No kernel is fused over a break. Needs no compiler: the graph is run eagerly."""
+    model, ids = small(torch.float32, **changes), torch.randint(50, (2, 41))
+    block, place = model.blocks[0], place_tokens(ids, model.config, None, torch.float32)
+    block.recompute = recompute
+    torch._dynamo.reset()
+    x = torch.randn(2, 41, SMALL.d_model, requires_grad=True)
+    explained = torch._dynamo.explain(block)(x, place, None, 0)
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
+
+
 def test_compiled_blocks_give_the_same_bits_again(compiler):
     """Their code must not add in whatever order the threads arrive. Here there are more threads than cores."""
     model, ids, threads = small(torch.float32), torch.randint(50, (4, 512)), torch.get_num_threads()

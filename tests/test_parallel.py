@@ -12,6 +12,50 @@ from conftest import ROOT, TINY, call, finish, log_lines, losses, start, torchru
 
 from parallel import Ranks, exact_sums, gather_state, local_shard, shard_dim
 
+OVERLAP = """
+import os, sys, torch, torch.distributed as dist
+from model import Config, Decoder
+from parallel import start_ranks, sum_over_ranks, summing_gradients
+
+ranks = start_ranks("cpu")
+model = Decoder(Config(tie_embeddings=sys.argv[1] == "tied"))
+params = list(model.parameters())
+torch.manual_seed(ranks.rank)
+ids = torch.randint(8192, (2, 129))
+backward = lambda: model(ids[:, :-1], ids[:, 1:]).backward()
+backward()
+sum_over_ranks([p.grad for p in params])
+expected = [p.grad for p in params]
+for p in params:
+    p.grad = None
+number_of, started, events = {p: i for i, p in enumerate(params)}, [], []
+all_reduce = dist.all_reduce
+def record(tensor, **options):
+    started.append(next(i for i, p in enumerate(params) if p.grad is tensor))
+    events.append("sum")
+    return all_reduce(tensor, **options)
+dist.all_reduce = record
+with summing_gradients(params):
+    backward()
+    events.append("end of backward")
+assert started == list(reversed(range(len(params)))), started
+assert events.index("end of backward") > len(params) // 2, events
+assert all(torch.equal(p.grad, whole) for p, whole in zip(params, expected))
+backward()
+assert len(started) == len(params)  # afterwards nothing is summed by itself
+print("equal")
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_gradients_summed_during_backward_are_those_summed_after_it(head, tmp_path):
+    """The last parameter's first, most of them before backward ends, to the same bits."""
+    script = tmp_path / "overlap.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}){OVERLAP}", encoding="utf-8")
+    assert torchrun(2, script, head).stdout.count("equal") == 2
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Of one process
 
