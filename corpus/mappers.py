@@ -186,8 +186,8 @@ def normalize_all_spaces(text):
 # Of hosts without a scheme only these count: x@self.weight is a product, and Vue.js/React.js are two names.
 DOMAINS = "com|cn|org|net|edu|gov|mil|io|hk|tw|jp|kr|sg|uk|us|eu|de|fr|nl|ca|au|ru|br|in|ch|se"
 EMAIL = re.compile(
-    rf"(?<![A-Za-z0-9.\-+_])[A-Za-z0-9.\-+_]++@[a-z0-9.\-+_]+\.(?:{DOMAINS}|info|biz|me|cc|name|ai|dev)"
-    r"(?![a-z0-9(\[.\-+_]|:[\w/])"
+    rf"(?<![A-Za-z0-9.\-+_])[A-Za-z0-9.\-+_]++@(?i:[a-z0-9.\-+_]+\.(?:{DOMAINS}|info|biz|me|cc|name|ai|dev))"
+    r"(?![A-Za-z0-9\[\-+_]|\.[A-Za-z0-9_]|\([!-~]|:[\w/])"
 )
 
 
@@ -224,7 +224,7 @@ def link_pattern(stop, host, domains):
     """
     body = rf"(?:[^\s()<>{stop}]++|\([^\s()<>{stop}]*+(?:\([^\s()<>{stop}]*+\)[^\s()<>{stop}]*+)*+\))++"
     scheme = r"[a-z][a-z0-9+]{0,15}://(?!localhost|127\.|0\.0\.0\.0)"
-    start = rf"(?<![a-z0-9])(?:{scheme}|www[0-9]{{0,3}}\.)|(?<![a-z0-9.\-/])[a-z0-9.\-]+\.(?-i:{domains})/"
+    start = rf"(?<![a-z0-9])(?:{scheme}|www[0-9]{{0,3}}\.)|(?<![a-z0-9.\-/@])[a-z0-9.\-]+\.(?-i:{domains})/"
     return re.compile(f"(?P<start>{start})(?:{host}(?:{body})?|{body})", re.IGNORECASE)
 
 

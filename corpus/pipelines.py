@@ -148,9 +148,13 @@ def clean(document, pipeline="auto", judge_chats=False, watch=None):
     is_chat = isinstance(cleaned.content, list)
 
     def map_text(text):
-        mapped = apply_mappers(text, name, watch)
-        # A message that is nothing but a tag or a link stays: it is what the chat is about.
-        return text if is_chat and not mapped and any(map(str.isalnum, text)) else mapped
+        changes = []
+        mapped = apply_mappers(text, name, lambda *change: changes.append(change))
+        if is_chat and not mapped and mappers.whitespace_normalization(text):
+            return text  # nothing but a tag, a link or a heart: it is what the chat is about
+        for change in changes if watch else ():
+            watch(*change)
+        return mapped
 
     cleaned = cleaned.map(map_text).merge_turns()
     if cleaned.roles != document.roles or not cleaned.roles & {"assistant", "chosen"}:

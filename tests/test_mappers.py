@@ -27,6 +27,10 @@ MAPPED = [
     ("clean_email", "a@b 不是", "a@b 不是"),
     ("clean_email", "h = x@w.view(1, 2)", "h = x@w.view(1, 2)"),  # a product of matrices
     ("clean_email", "y = q@k.t", "y = q@k.t"),
+    ("clean_email", "x@self.in[0] x@w.in() x@w.in.T", "x@self.in[0] x@w.in() x@w.in.T"),
+    ("clean_email", "To a@b.com. Thanks, a@b.com... or A@B.Example.COM", "To . Thanks, ... or "),
+    ("clean_email", "a@b.com(工作)，a@b.com。", "(工作)，。"),
+    ("clean_links", "hr@company.com/jobs@company.com", "hr@company.com/jobs@company.com"),  # two addresses of mail
     ("clean_ip", "从192.168.0.255来，到2001:0db8:0:0:0:0:0:1去", "从来，到去"),
     ("clean_ip", "从 10.0.0.123。", "从 。"),
     ("clean_ip", "版本1.2.3", "版本1.2.3"),

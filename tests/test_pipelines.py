@@ -184,13 +184,22 @@ def test_a_long_text_is_not_cut_inside_a_fence():
 
 
 @pytest.mark.quick
+def test_a_message_that_cleaning_would_empty_stays_and_is_not_reported():
+    for said in ("♡", "◆◆◆◆", "http://example.com/a", "<br>"):
+        seen = []
+        document = chat(("user", "回我一个字。"), ("assistant", said))
+        assert clean(document, "auto", watch=lambda *change: seen.append(change)) == (document, None)
+        assert not seen
+
+
+@pytest.mark.quick
 def test_what_is_dirt_in_a_turn_goes_a_turn_that_says_nothing_goes_and_half_an_emoji_is_replaced():
     link, question = ("user", "https://a.cn/x"), ("user", "你好\ud83d，请问第一回讲什么？")
     answer = ("assistant", "宴桃园豪杰三结义。\ud83d")
     cleaned, dropped_by = clean(chat(link, question, answer), "auto")
     expected = chat(("user", "你好?，请问第一回讲什么？"), ("assistant", "宴桃园豪杰三结义。?"))
     assert dropped_by is None and cleaned == expected
-    assert clean(chat(("user", "\u200b■■\ufeff"), answer), "auto")[1] == "empty"
+    assert clean(chat(("user", "\u200b\u3000\ufeff"), answer), "auto")[1] == "empty"
     assert clean(chat(question), "auto")[1] == "empty"  # nobody answers
 
 
