@@ -31,7 +31,7 @@ from pathlib import Path
 
 from common import sha256_of
 from corpus.documents import Document
-from corpus.mappers import FENCE_LINE
+from corpus.mappers import open_fence
 from corpus.rows import FIELDS, document_of, no_text_in
 
 TEXT_SIZE = 2000  # characters in a document of a .txt file, about
@@ -46,7 +46,7 @@ def read_txt(file, path, first_line=1):
 
     Lines are numbered from first_line on.
     """
-    document, size, in_fence = [], 0, False
+    document, size, longest, fence = [], 0, TEXT_SIZE, ""
     problem, at = "", first_line  # at: the line that is named
     for number, line in enumerate(utf8_lines(file), first_line):
         try:
@@ -58,10 +58,11 @@ def read_txt(file, path, first_line=1):
         for part in LINE_END_OF_OLD_MACS.split(text):
             document.append(part)
             size += len(part)
-            in_fence ^= bool(FENCE_LINE.match(part))
-            if size >= TEXT_SIZE and not in_fence or size >= 10 * TEXT_SIZE:
+            if fence != (fence := open_fence(part, fence)):
+                longest = 10 * TEXT_SIZE if fence else TEXT_SIZE
+            if size >= longest:
                 yield f"{path}, line {at}", Document("".join(document), problem=problem)
-                document, size = [], 0
+                document, size, longest = [], 0, TEXT_SIZE  # what is left of a fence that is too long is cut like text
                 problem, at = "", number + 1
     if any(document):
         yield f"{path}, line {at}", Document("".join(document), problem=problem)

@@ -44,9 +44,10 @@ def clean_text(text):
 
 # A fence that is never closed goes on to the end, as in CommonMark. One that names a language may open after text in
 # its line, as people write it in chats.
-OPENING = r"(?:^[ \t>]*+(?P<fence>`{3,}|~{3,})[^\n`]*|(?<!`)(?P<late>`{3,})[A-Za-z][\w+#.\-]*[ \t]*)$"
-FENCE = OPENING + r"(?:(?s:.*?)^[ \t>]*+(?:(?P=fence)|(?P=late))[`~]*[ \t]*$|(?s:.*)\Z)"
-FENCE_LINE = re.compile(r"^[ \t>]*+(?:`{3,}|~{3,})", re.MULTILINE)  # one that opens or closes a fence
+OPENING = r"(?:^[ \t>]*+(?P<fence>`{3,}+|~{3,}+)[^\n`]*|(?<!`)(?P<late>`{3,}+)[A-Za-z][\w+#.\-]*[ \t\r]*)$"
+CLOSING = r"^[ \t>]*+(?:(?P=fence)|(?P=late))(?:(?<=`)`*+|(?<=~)~*+)[ \t\r]*$"
+FENCE = rf"{OPENING}(?:(?s:.*?){CLOSING}|(?P<unclosed>(?s:.*)\Z))"
+FENCES = re.compile(FENCE, re.MULTILINE | re.ASCII)
 SPAN = r"(?<!`)(?P<ticks>`{1,3})(?!`)[^\n`]{1,200}(?P=ticks)(?!`)"
 # A line that is code although no fence says so. One that begins with a tag or a backslash is HTML or LaTeX.
 STATEMENT = r"""[ \t]*+(?![<\\])(?:
@@ -66,6 +67,14 @@ HINT_OF_CODE = re.compile(r"[`~{}();=]|import |#include")
 DIGITS = {ord(f"{digit:x}"): 0xFDD1 + digit for digit in range(16)}
 DIGITS_BACK = {mark: digit for digit, mark in DIGITS.items()}
 MARK = re.compile("\ufdd0([\ufdd1-\ufde0]{4})")
+
+
+def open_fence(text, fence=""):
+    """The backticks or tildes of the fence that is open after a text, "" if none is; `fence` is open before it."""
+    if "```" not in text and "~~~" not in text:
+        return fence
+    *_, last = (None, *FENCES.finditer(f"{fence}\n{text}"))
+    return (last["fence"] or last["late"]) if last and last["unclosed"] is not None else ""
 
 
 def hide_code(text):

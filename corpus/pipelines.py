@@ -17,6 +17,7 @@ remove_repeat_sentences   keeps short sentences, short lines, items and rows, an
 Its other mappers and all of its filters do as Data-Juicer's.
 """
 
+from bisect import bisect
 from math import inf
 from typing import NamedTuple
 
@@ -218,14 +219,16 @@ def split_long(document, choice="auto"):
     if document.problem or len(text) <= longest:
         return [document]
     size = len(text) // -(-len(text) // int(0.9 * longest))  # below the bound: the last piece gets what others leave
+    fences = [match.span() for match in mappers.FENCES.finditer(text)]
     pieces, start = [], 0
     while len(text) - start > longest:
         end = start + size
         found = ((text.rfind(mark, start + size // 2, end), mark) for mark in SPLIT_AT)
         cut = next((at + len(mark) for at, mark in found if at > 0), end)
-        fences = [match.start() for match in mappers.FENCE_LINE.finditer(text, start, cut)]
-        if len(fences) % 2 and fences[-1] > start:  # not inside a fence, unless it is as long as a piece
-            cut = fences[-1]
+        opened, closed = fences[bisect(fences, (cut,)) - 1] if fences else (0, 0)
+        line = text.rfind("\n", start, opened) + 1
+        if start < line < cut < closed:  # not inside a fence, unless it is as long as a piece
+            cut = line
         pieces.append(text[start:cut])
         start = cut
     return [document._replace(content=piece) for piece in [*pieces, text[start:]]]

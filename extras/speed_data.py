@@ -45,6 +45,7 @@ HOSTILE = {  # texts of about a million characters that make careless regular ex
     "macros": "\n".join(f"\\newcommand{{\\{chr(97 + i % 26) * (1 + i % 40)}}}{{x}}" for i in range(25_000)),
     "long macro": "\\newcommand{\\a}{" + "y" * 500_000 + "}\n" + "\\a " * 150_000,
     "fences": "```\n" * 250_000,
+    "almost a fence": "~" * 999_999 + "`",
     "open fences": "~~~~\n```\n  " * 83_333,
     "backticks": " ".join("`" * (1 + i % 1400) for i in range(1400)),
     "code": "x = y(1)\n\n" * 100_000,

@@ -324,3 +324,24 @@ def test_a_text_file_is_not_cut_inside_a_fence(tmp_path):
     whole = [text for text in texts if "x = 1" not in text]
     assert len(whole) > 15 and all(text.count("```") % 2 == 0 for text in whole)
     assert max(map(len, texts)) < 21_000  # a fence that is far longer is cut
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "opening, closing", [("如下：```html\n", "```\r\n"), ("~~~\n```\n", "~~~~\n"), ("````\n```\n", "````\n")]
+)
+@pytest.mark.parametrize("before", ["", "```x``` 是代码。\n", "```\n" + "x = 1\n" * 20_000 + "```\n"])
+def test_what_opens_and_closes_a_fence_in_a_text_file(tmp_path, before, opening, closing):
+    section = "# 标题\n说明。\n" + opening + '<div class="a">\n' * 60 + closing
+    (tmp_path / "a.txt").write_text(before + section * 50, encoding="utf-8", newline="")
+    texts = [document.text for _, _, document in read(tmp_path / "a.txt")]
+    assert "".join(texts) == before + section * 50 and max(map(len, texts)) < 21_000
+    whole = [text for text in texts if "x = 1" not in text]
+    assert len(whole) > 15 and all(text.endswith(closing) or text.endswith("说明。\n") for text in whole)
+
+
+@pytest.mark.quick
+def test_a_fence_that_is_never_closed_makes_one_long_document(tmp_path):
+    (tmp_path / "a.txt").write_text("```\n" + "一二三四五六七八九\n" * 20_000, encoding="utf-8")
+    lengths = [len(document.text) for _, _, document in read(tmp_path / "a.txt")]
+    assert 20_000 <= lengths[0] < 20_100 and max(lengths[1:]) < 2100

@@ -183,6 +183,35 @@ def test_a_long_text_is_not_cut_inside_a_fence():
     assert all(piece.text.count("```") % 2 == 0 and len(piece.text) <= 100_000 for piece in pieces)
 
 
+FENCED = {  # what begins a fence, what is in it and closes nothing, what closes it
+    "backticks in a line": ("```x``` 这是代码。\n```html\n", "", "```\n"),
+    "after text": ("如下：```html\n", "", "```\n"),
+    "another kind": ("~~~\n", "```\n", "~~~\n"),
+    "shorter": ("````\n", "```\n", "`````\n"),
+    "not bare": ("```\n", "```python\n``` x\n", "```\r\n"),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kind", FENCED)
+def test_what_opens_and_closes_a_fence_where_a_text_is_cut(kind):
+    opening, within, closing = FENCED[kind]
+    section = "说明文字。\n" + opening + within + "<p>你好</p>\n" * 40 + closing
+    pieces = split_long(Document(section * 800))
+    assert len(pieces) > 2 and "".join(piece.text for piece in pieces) == section * 800
+    for piece in pieces:
+        assert piece.text.endswith((closing, "说明文字。\n", "这是代码。\n")) and len(piece.text) > 50_000
+
+
+@pytest.mark.quick
+def test_a_fence_longer_than_a_piece_is_cut_and_later_ones_are_not():
+    section = "说明文字。\n如下：```html\n" + "<p>你好</p>\n" * 40 + "```\n"
+    text = "```\n" + "x = 1\n" * 40_000 + "```\n" + section * 300
+    pieces = [piece.text for piece in split_long(Document(text))]
+    assert "".join(pieces) == text and len(pieces) > 4
+    assert all(piece.count("```") % 2 == 0 for piece in pieces if "x = 1" not in piece)
+
+
 @pytest.mark.quick
 def test_a_message_that_cleaning_would_empty_stays_and_is_not_reported():
     for said in ("♡", "◆◆◆◆", "http://example.com/a", "<br>"):
