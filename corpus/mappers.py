@@ -9,6 +9,7 @@ All take time linear in the length of the text, whatever it says.
 
 import functools
 import html
+import ipaddress
 import re
 import unicodedata
 
@@ -207,19 +208,26 @@ def clean_email(text):
 
 OCTET = "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 NO_VERSION = r"(?<![\w.\-/])(?<!version )(?<!版本)(?<!版本 )(?<!第)(?<!第 )(?=[0-9.]*[0-9]{3})"
+NO_VERSION += r"(?!(?<=[a-z]{2} )[0-9]\.[0-9]\.)"  # OpenSSL 1.1.100.2
 IP = re.compile(
-    rf"{NO_VERSION}(?:{OCTET}\.){{3}}{OCTET}(?![\w\-]|\.\w)"
+    rf"{NO_VERSION}(?:{OCTET}\.){{3}}{OCTET}(?![\w\-]|\.\w|/[0-9])"
     r"|(?<![\w.:])(?:[0-9A-Fa-f]{1,4}:){7}[0-9A-Fa-f]{1,4}(?![\w.:])",
     re.IGNORECASE | re.ASCII,
 )
 
 
 def clean_ip(text):
-    """Remove IPv4 addresses, and IPv6 addresses written out in full.
+    """Remove public IPv4 addresses, and IPv6 addresses written out in full.
 
-    An address has a number of three digits, as nearly all have: 2.30.8.4 is a version, and 1.1.1.1 a section.
+    Private ones, masks, networks (10.0.0.0/8) and the like stay: they are nobody's. An address has a number of three
+    digits, as nearly all have: 2.30.8.4 is a version, and 1.1.1.1 a section.
     """
-    return IP.sub("", text) if text.count(".") >= 3 or text.count(":") >= 7 else text
+
+    def unless_public(match):
+        address = ipaddress.ip_address(match.group())
+        return "" if address.is_global and not address.is_multicast else match.group()
+
+    return IP.sub(unless_public, text) if text.count(".") >= 3 or text.count(":") >= 7 else text
 
 
 CHINESE = "\u2e80-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff00-\uffef"

@@ -9,7 +9,7 @@ Chinese text. Its operators are Data-Juicer's. Those here differ in that
 
 clean_email               asks for a known top-level domain, and no bracket or path after it
 clean_html                makes line ends of tags that break a line; keeps what looks like a tag but is never closed
-clean_ip                  keeps versions and section numbers
+clean_ip                  keeps versions, section numbers and addresses that are not public
 clean_all_links           keeps addresses of this machine
 fix_unicode               keeps the width of characters, curly quotes and ligatures
 remove_repeat_sentences   keeps short sentences, short lines, items and rows, and never joins lines

@@ -31,8 +31,9 @@ MAPPED = [
     ("clean_email", "To a@b.com. Thanks, a@b.com... or A@B.Example.COM", "To . Thanks, ... or "),
     ("clean_email", "a@b.com(工作)，a@b.com。", "(工作)，。"),
     ("clean_links", "hr@company.com/jobs@company.com", "hr@company.com/jobs@company.com"),  # two addresses of mail
-    ("clean_ip", "从192.168.0.255来，到2001:0db8:0:0:0:0:0:1去", "从来，到去"),
-    ("clean_ip", "从 10.0.0.123。", "从 。"),
+    ("clean_ip", "从114.114.8.255来，到2400:3200:0:0:0:0:0:1去", "从来，到去"),
+    ("clean_ip", "从 47.95.0.123。他的IP是8.8.100.8:80", "从 。他的IP是:80"),
+    ("clean_ip", "OpenSSL 1.1.100.2 and from 114.114.100.2", "OpenSSL 1.1.100.2 and from "),
     ("clean_ip", "版本1.2.3", "版本1.2.3"),
     ("clean_ip", "请安装 2.30.8.4，见第 1.1.1.1 节", "请安装 2.30.8.4，见第 1.1.1.1 节"),
     ("clean_ip", "版本 10.0.171.34 和 version 1.0.0.255", "版本 10.0.171.34 和 version 1.0.0.255"),
@@ -115,6 +116,18 @@ MAPPED = [
     ("whitespace_normalization", "每\u200b个字\n\t缩进 👩\u200d💻", "每个字\n\t缩进 👩\u200d💻"),
     ("normalize_all_spaces", "每\u200b个字\n\t缩进", "每 个字\n 缩进"),
 ]
+
+
+NO_PUBLIC_ADDRESS = """
+    192.168.1.1 10.0.0.123 172.16.0.100 user@192.168.1.5 127.0.0.1:8080 127.0.0.100 0.0.0.0 255.255.255.0 169.254.0.1
+    224.0.0.251 239.255.255.250 10.0.0.0/8 114.114.114.0/24 fe80:0:0:0:0:0:0:1 192.0.2.100
+""".split()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("address", NO_PUBLIC_ADDRESS)
+def test_addresses_that_are_nobodys_stay(address):
+    assert mappers.clean_ip(f"ping {address} 或：{address}。") == f"ping {address} 或：{address}。"
 
 
 @pytest.mark.quick
