@@ -150,10 +150,10 @@ def clean(document, pipeline="auto", judge_chats=False, watch=None):
 
     def map_text(text):
         changes = []
-        mapped = apply_mappers(text, name, lambda *change: changes.append(change))
+        mapped = apply_mappers(text, name, watch and (lambda *change: changes.append(change)))
         if is_chat and not mapped and mappers.whitespace_normalization(text):
             return text  # nothing but a tag, a link or a heart: it is what the chat is about
-        for change in changes if watch else ():
+        for change in changes:
             watch(*change)
         return mapped
 
