@@ -43,8 +43,9 @@ def micro_batch(objective):
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_no_tensor_of_a_step_is_elsewhere_and_nothing_waits(layer, recompute, objective, optimizer):
     args = get_args(["--steps", "10"])
-    with FakeTensorMode(), torch.device("cuda"):
-        model = Decoder(Config(n_layer=1, **layer))
+    with FakeTensorMode():
+        with torch.device("cuda"):  # and no further: what a step makes must say itself where it is
+            model = Decoder(Config(n_layer=1, **layer))
         for block in model.blocks:
             block.recompute = recompute
         optimizers = make_optimizers(model, optimizer, 1e-3, 0.1)
