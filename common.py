@@ -137,6 +137,12 @@ def peak_flops(device):
     return next((flops for part, flops in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
+def flops_per_token(model, T):
+    """Forward and backward, per token of a text of T tokens: 6 per weight in a matmul; causal attention is half."""
+    weights = model.n_params() - (0 if model.config.tie_embeddings else model.embedding.numel())
+    return 6 * weights + 6 * model.config.n_layer * model.config.d_model * T
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # How a command ends
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint as recompute
 
 CHOICES = {"ffn": ("soft_moe", "dense"), "dispatch": ("causal", "token", "sequence")}
@@ -81,8 +82,10 @@ class Config:
 
 PRESETS = {
     "demo": Config(),
-    "small": Config(n_layer=12, d_model=768, n_head=12, n_kv_head=12, vocab_size=16_384, block_size=1024,
+    "small": Config(n_layer=12, d_model=768, n_head=6, n_kv_head=6, vocab_size=16_384, block_size=1024,
                     tie_embeddings=True),
+    "base-350m": Config(n_layer=24, d_model=1024, n_head=8, n_kv_head=8, vocab_size=49_152, block_size=2048,
+                        tie_embeddings=True),
     "steel-1b": Config(n_layer=18, d_model=1792, n_head=32, n_kv_head=32, vocab_size=151_936, block_size=2048,
                        n_expert=6, d_expert=448, expert="swiglu2", rope_base=1_000_000.0),  # arXiv 2502.06635
 }  # fmt: skip
@@ -94,11 +97,11 @@ class Place(NamedTuple):
     """Where the tokens of one forward pass stand. Positions count from the first token that may be read."""
 
     angles: torch.Tensor  # [B or 1, T, 2, 1, K]: cos and sin of the rotary angles
-    mask: torch.Tensor | None  # [B or 1, 1, T, length + T]: true where attention may look; None: plain causal attention
+    mask: torch.Tensor | BlockMask | None  # [B or 1, 1, T, length + T]: where attention may look; None: plainly causal
     absent: torch.Tensor | None  # [W, B or 1, T, 1]: true for places of a window before that token; None: no window
 
 
-def place_tokens(ids, config, cache, dtype):
+def place_tokens(ids, config, cache, dtype, by_blocks=False):
     """ids [B, T] -> Place. Nothing looks back over a reset_id, nor into left padding (-1) in a cache's first ids."""
     T = ids.shape[1]
     length, start, bounded = (cache.length, cache.start, cache.bounded) if cache else (0, 0, config.reset_id >= 0)
@@ -109,7 +112,10 @@ def place_tokens(ids, config, cache, dtype):
         start = torch.where(ids == config.reset_id, index, start).cummax(1).values  # [B, T]
     positions = (index - start).clamp(min=0)  # padding reads itself: a softmax over nothing would be NaN
     mask = absent = None
-    if bounded or length and T > 1:
+    if by_blocks and bounded:  # for flex_attention, which skips squares of 128 x 128 where nothing may be seen
+        first, shape = index - positions, (len(ids), None, T, T)
+        mask = create_block_mask(lambda b, _, q, k: (k <= q) & (k >= first[b, q]), *shape, device=ids.device)
+    elif bounded or length and T > 1:
         seen = torch.arange(length + T, device=ids.device)
         mask = ((seen <= index[..., None]) & (seen >= (index - positions)[..., None]))[:, None]
     if config.look_back:
@@ -148,8 +154,7 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        self.head_dim = config.d_model // config.n_head
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.d_model // config.n_head
         self.qkv = nn.Parameter(torch.empty(config.n_head + 2 * config.n_kv_head, self.head_dim, config.d_model))
         self.qkv_bias = nn.Parameter(torch.empty(self.qkv.shape[:2]))
         self.out = nn.Parameter(torch.empty(config.d_model, config.d_model))
@@ -159,14 +164,17 @@ class Attention(nn.Module):
         qkv = F.linear(x, self.qkv.flatten(0, 1), self.qkv_bias.flatten()).view(B, T, -1, self.head_dim)
         qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
         (cos, sin), (first, second) = place.angles.unbind(2), qk.chunk(2, dim=-1)
-        qk = qk * cos + torch.cat([-second, first], dim=-1) * sin  # turn each pair (x_i, x_{i + K/2}) by its angle
+        qk = (qk * cos + torch.cat([-second, first], dim=-1) * sin).to(v.dtype)  # turn each pair (x_i, x_{i + K/2})
         q, k, v = (a.transpose(1, 2) for a in (*qk.split([self.n_head, self.n_kv_head], dim=2), v))  # [B, H or G, T, K]
         if cache is not None:
             for stored, new in ((cache.k[layer], k), (cache.v[layer], v)):
                 stored.narrow(2, cache.length, T).copy_(new)
             k, v = (stored.narrow(2, 0, cache.length + T) for stored in (cache.k[layer], cache.v[layer]))
         is_causal, enable_gqa = place.mask is None and T > 1, self.n_head != self.n_kv_head
-        y = F.scaled_dot_product_attention(q, k, v, place.mask, is_causal=is_causal, enable_gqa=enable_gqa)
+        if isinstance(place.mask, BlockMask):
+            y = flex_attention(q, k, v, block_mask=place.mask, enable_gqa=enable_gqa)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, place.mask, is_causal=is_causal, enable_gqa=enable_gqa)
         return F.linear(y.transpose(1, 2).reshape(B, T, D), self.out)
 
 
@@ -298,9 +306,8 @@ class WindowMix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *d):
-        u, weights = ctx.saved_tensors
+        (u, weights), d = ctx.saved_tensors, torch.stack(d, dim=-2)
         W, _, T, *_ = weights.shape
-        d = torch.stack(d, dim=-2)
         d_weights = torch.stack([(d * u[:, k : k + T]).sum((-2, -1)) for k in range(W)])
         # Token t was the last of window t, the one before last of window t + 1, and so on: again a mix over a window.
         d = F.pad(d, (0, 0) * 4 + (W - 1, W - 1))
@@ -355,9 +362,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def by_chunks(hidden, weight, targets, chunk, softmax_gradient, factors):
     """-> nats [N] and, of their sum weighted by factors [N, 1], the gradients by hidden and weight (None without)."""
-    cast_weight, d_hidden, d_weight = weight.to(hidden.dtype), None, None
-    if factors is not None:
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+    cast_weight = weight.to(hidden.dtype)
+    d_hidden, d_weight = (None, None) if factors is None else (torch.empty_like(hidden), torch.zeros_like(weight))
     nats = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
     for part in (slice(start, start + chunk) for start in range(0, len(hidden), chunk)):
         logits, weights = hidden[part] @ cast_weight.T, None if factors is None else factors[part]
@@ -413,11 +419,11 @@ class Block(nn.Module):
         self.ffn = (Dense if config.ffn == "dense" else SequenceSoftMoE if config.reads_ahead else SoftMoE)(config)
 
     def forward(self, x, place, cache, layer):
-        if self.recompute and torch.is_grad_enabled():
-            return recompute(self.run, x, place, cache, layer, use_reentrant=False, preserve_rng_state=False)
+        if self.recompute and cache is None and torch.is_grad_enabled():  # without layer: one code for all blocks
+            return recompute(self.run, x, place, use_reentrant=False, preserve_rng_state=False)
         return self.run(x, place, cache, layer)
 
-    def run(self, x, place, cache, layer):
+    def run(self, x, place, cache=None, layer=0):
         x = x + self.attention(self.attention_norm(x), place, cache, layer)
         return x + self.ffn(self.ffn_norm(x), place, cache, layer)
 
@@ -431,7 +437,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
         if not config.tie_embeddings:
             self.head = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
-        self.softmax_gradient = softmax_gradient
+        self.softmax_gradient, self.uses_flex = softmax_gradient, False  # train.py may compile one, and set the other
         self.init_weights()
 
     @torch.no_grad()
@@ -465,13 +471,10 @@ class Decoder(nn.Module):
 
     def hidden_states(self, ids, cache=None):
         """ids [B, T] -> normed states of the last layer [B, T, D]."""
-        if cache is not None:
-            if not self.has_cache:
-                raise ValueError('dispatch = "sequence" reads the whole text everywhere: it has no cache')
-            if cache.length + ids.shape[1] > cache.max_len:
-                raise ValueError(f"the cache holds {cache.max_len} positions, {cache.length + ids.shape[1]} are needed")
+        if cache is not None and (needed := cache.length + ids.shape[1]) > cache.max_len:
+            raise ValueError(f"the cache holds {cache.max_len} positions, {needed} are needed")
         x = F.embedding(ids.clamp(min=0), self.embedding)
-        place = place_tokens(ids, self.config, cache, x.dtype)
+        place = place_tokens(ids, self.config, cache, x.dtype, self.uses_flex and cache is None)
         for layer, block in enumerate(self.blocks):
             x = block(x, place, cache, layer)
         if cache is not None:
@@ -485,6 +488,8 @@ class Decoder(nn.Module):
     step = next_logits  # for the tokens after the prompt: sample.py may replace it by a compiled one
 
     def new_cache(self, batch, max_len):
+        if not self.has_cache:
+            raise ValueError('dispatch = "sequence" reads the whole text everywhere: it has no cache')
         return Cache(self.config, batch, max_len, self.embedding.device, self.embedding.dtype)
 
     @property
@@ -493,8 +498,3 @@ class Decoder(nn.Module):
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
-
-    def flops_per_token(self, T):
-        """Forward and backward, per token of a text of T tokens: 6 per weight in a matmul; causal attention is half."""
-        weights = self.n_params() - (0 if self.config.tie_embeddings else self.embedding.numel())
-        return 6 * weights + 6 * self.config.n_layer * self.config.d_model * T

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from common import peak_flops
+from common import flops_per_token, peak_flops
 from data import evenly_spaced, inputs_and_targets
 from dpo import score_pairs
 from eval import evaluate
@@ -35,7 +35,7 @@ def describe_run(args, model, data, n_micro, machine, ranks):
     B, T, config = args.micro_batch, data.block_size, model.config
     for values in (asdict(config), vars(args)):
         ranks.say("  ".join(f"{key}={value}" for key, value in values.items()))
-    ranks.say(f"{model.n_params():,} parameters, {model.flops_per_token(T) / 1e6:.1f} MFLOP a token; {machine}")
+    ranks.say(f"{model.n_params():,} parameters, {flops_per_token(model, T) / 1e6:.1f} MFLOP a token; {machine}")
     product = f"micro-batch {B} x block {T} x {n_micro} micro-batches x {ranks.world} ranks"
     ranks.say(f"a step: {args.batch_tokens:,} tokens = {product}")
     steps = len(data) / (n_micro * B * ranks.world)
@@ -67,7 +67,7 @@ class Reporter:
         self.scored = ("loss", *(objective.NAMES or ("bpb",)))  # what score finds and prints
         self.device = model.embedding.device.type
         self.block_size = model.config.block_size
-        self.flops = model.flops_per_token(self.block_size)
+        self.flops = flops_per_token(model, self.block_size)
         self.peak = peak_flops(self.device)
         self.bytes_per_token = bytes_per_token(data, tokenizer)
         self.step, self.seconds = state.step, state.seconds  # at the last line

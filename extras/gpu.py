@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from common import peak_flops
+from common import flops_per_token, peak_flops
 from extras.timing import autocast, median_seconds, timed
 from model import PRESETS, Config, Decoder, cross_entropy, place_tokens
 from optim import make_optimizers, scale_and_clip, update
@@ -144,7 +144,7 @@ def measure(name, kind, with_parts):
     tokens = micro_batch * config.block_size
     n_params = sum(p.numel() for p in model.parameters())
     speed = BATCH_TOKENS / (BATCH_TOKENS / tokens * one + end)
-    flops = Decoder.flops_per_token(model, config.block_size) if kind != "transformers" else None
+    flops = flops_per_token(model, config.block_size) if kind != "transformers" else None
     row = {
         "model": name,
         "kind": kind,

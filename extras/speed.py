@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import can_compile, choose_device, keep_large_buffers, run_command
+from common import can_compile, choose_device, flops_per_token, keep_large_buffers, run_command
 from extras.gpu import benchmark_gpu, transformers_model
 from extras.plot import pyplot
 from extras.speed_data import benchmark_data
@@ -211,7 +211,7 @@ def benchmark_training(config, B, args):
     n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
     square = torch.randn(n, n, device=device, dtype=dtype)
     *times, matmul = median_seconds([*steps, lambda: square @ square], args.repeats, device)
-    flops, peak = ours["dense"].flops_per_token(T) * B * T, 2 * n**3 / matmul
+    flops, peak = flops_per_token(ours["dense"], T) * B * T, 2 * n**3 / matmul
     n_params = ours["dense"].n_params()
     print(f"steps of {B} x {T} tokens, {n_params:,} parameters; a matmul reaches {peak / 1e9:.0f} GFLOP/s")
     for name, took in zip([*ours, *theirs], times):

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from checkpoint import State
 from dpo import Preference
-from model import Config, Decoder
+from model import Config, Decoder, place_tokens
 from optim import lr_factor, make_optimizers, scale_and_clip, update
 from train import Likelihood, get_args
 
@@ -65,6 +65,14 @@ def test_no_tensor_of_a_step_is_elsewhere_and_nothing_waits(layer, recompute, ob
         made = [loss, norm, *model.parameters(), state.skipped]
         made += [value for part in optimizers for values in part.state.values() for value in values.values()]
         assert {tensor.device.type for tensor in made} == {"cuda"}
+
+
+def test_the_mask_for_flex_attention_waits_for_nothing():
+    with FakeTensorMode():
+        ids = torch.zeros(2, 300, dtype=torch.long, device="cuda")
+        place = place_tokens(ids, Config(reset_id=0), None, torch.float32, by_blocks=True)
+        blocks = place.mask.kv_indices
+        assert (blocks.device.type, blocks.shape) == ("cuda", (2, 1, 3, 3))
 
 
 def test_fake_tensors_find_both_kinds_of_fault():

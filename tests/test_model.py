@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, python
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
+from torch.nn.attention import flex_attention
 
 from extras.huggingface import hugging_face_tensors
 from model import (
@@ -216,6 +218,37 @@ def test_the_layer_with_reset_is_its_definition_on_each_document(changes):
     pieces = [row.split([len(d) for d in documents]) for row, documents in zip(x, rows)]
     defined = torch.stack([torch.cat([causal_moe_definition(layer, z) for z in row]) for row in pieces])
     assert_equal_with_gradients(layer(x, place_tokens(ids, config, None, x.dtype)), defined, [x, *layer.parameters()])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flex_attention_looks_where_the_mask_does(dtype, recompute, monkeypatch):
+    """Loss and gradients as with the dense mask, and all masks share one code. CUDA's way, traced and run eagerly.
+
+    torch refuses the backward on a CPU, where it has no kernel for it; the eager one works.
+    """
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    torch._dynamo.reset()
+    model, backend = small(torch.float32, reset_id=0), CompileCounterWithBackend("aot_eager")
+    for block in model.blocks:
+        block.recompute = recompute
+    batches = [torch.randint(50, (3, 301)) for _ in range(3)]
+    batches[0][0, 1:] = torch.randint(1, 50, (300,))  # a row of one document
+
+    def loss_and_gradients(ids):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model(ids[:, :-1], ids[:, 1:])
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        return torch.cat([part.detach().flatten() for part in (loss, *gradients)])
+
+    expected = [loss_and_gradients(ids) for ids in batches]
+    model.uses_flex = True
+    for block in model.blocks:
+        block.compile(dynamic=False, backend=backend)
+    for ids, wanted in zip(batches, expected):
+        error = (loss_and_gradients(ids) - wanted).norm() / wanted.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 0.01)
+    assert backend.frame_count == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
