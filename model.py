@@ -103,7 +103,7 @@ class Place(NamedTuple):
 
 def place_tokens(ids, config, cache, dtype, by_blocks=False):
     """ids [B, T] -> Place. Nothing looks back over a reset_id, nor into left padding (-1) in a cache's first ids."""
-    T = ids.shape[1]
+    B, T = ids.shape
     length, start, bounded = (cache.length, cache.start, cache.bounded) if cache else (0, 0, config.reset_id >= 0)
     index = torch.arange(length, length + T, device=ids.device)[None]
     if cache is not None and length == 0 and (ids < 0).any():
@@ -113,8 +113,7 @@ def place_tokens(ids, config, cache, dtype, by_blocks=False):
     positions = (index - start).clamp(min=0)  # padding reads itself: a softmax over nothing would be NaN
     mask = absent = None
     if by_blocks and bounded:  # for flex_attention, which skips squares of 128 x 128 where nothing may be seen
-        first, shape = index - positions, (len(ids), None, T, T)
-        mask = create_block_mask(lambda b, _, q, k: (k <= q) & (k >= first[b, q]), *shape, device=ids.device)
+        mask = create_block_mask(lambda b, _, q, k: (k <= q) & (k >= q - positions[b, q]), B, None, T, T, ids.device)
     elif bounded or length and T > 1:
         seen = torch.arange(length + T, device=ids.device)
         mask = ((seen <= index[..., None]) & (seen >= (index - positions)[..., None]))[:, None]
@@ -366,11 +365,12 @@ def by_chunks(hidden, weight, targets, chunk, softmax_gradient, factors):
     d_hidden, d_weight = (None, None) if factors is None else (torch.empty_like(hidden), torch.zeros_like(weight))
     nats = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
     for part in (slice(start, start + chunk) for start in range(0, len(hidden), chunk)):
-        logits, weights = hidden[part] @ cast_weight.T, None if factors is None else factors[part]
-        nats[part], d_logits = softmax_gradient(logits, targets[part], nats.dtype, weights)
+        weights = None if factors is None else factors[part]
+        nats[part], d_logits = softmax_gradient(hidden[part] @ cast_weight.T, targets[part], nats.dtype, weights)
         if factors is not None:
             torch.mm(d_logits, cast_weight, out=d_hidden[part])
             d_weight += (d_logits.T @ hidden[part]).to(weight.dtype)
+        del d_logits  # before the next chunk's logits are made
     return nats, d_hidden, d_weight
 
 

@@ -44,6 +44,7 @@ from eval import MAX_TOKENS
 from model import CHOICES, PRESETS, Config, Decoder, softmax_gradient
 from optim import load_optimizers, lr_factor, make_optimizers, scale_and_clip, update
 from parallel import Stop, apply_fsdp, exact_sums, run_rank, start_ranks, sum_over_ranks, summing_gradients
+from plan import print_plan, set_sizes
 from prepare import prepare
 from report import Reporter, describe_machine, describe_run
 from tokenizer import load_tokenizer
@@ -78,12 +79,13 @@ def get_args(argv=None, **defaults):
     length.add_argument("--steps", type=int, help="length of the run and of its schedule")
     length.add_argument("--epochs", type=float, help="length as times that each sample is served")
     length.add_argument("--minutes", type=float, help="length as time spent on steps; 10 if no length is given")
-    add("--micro-batch", type=int, default=16, help="samples in one forward pass")
-    add("--batch-tokens", type=int, help="tokens of a step, over all ranks; by default one micro-batch on each")
+    own = "a large model on a GPU chooses its own (docs/gpu.md)"
+    add("--micro-batch", type=int, help=f"samples in one forward pass: 16; {own}")
+    add("--batch-tokens", type=int, help=f"tokens of a step, over all ranks: one micro-batch on each; {own}")
     add("--batch-documents", type=int, help="instead: conversations, or pairs of answers, of a step, about")
     # Optimization
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="for the matrices; AdamW takes the rest")
-    add("--lr", type=float, default=6e-3, help="peak learning rate; tuned for the demo model, larger ones want less")
+    add("--lr", type=float, help=f"peak learning rate: 6e-3, tuned for the demo model, larger ones want less; {own}")
     add("--weight-decay", type=float, default=0.1, help="of the matrices")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient; 0: no limit")
     add("--schedule", choices=("cosine", "wsd"), default="wsd", help="after the warm-up, down to 0")
@@ -267,19 +269,15 @@ def open_data(args, block_size, saved, ranks):
 
 
 def count_micro_batches(args, data, ranks):
-    """Micro-batches of a step on each rank. Sets args.batch_tokens where no flag has, and args.steps for --epochs."""
-    block_size, samples = data.block_size, len(data)
+    """Micro-batches of a step on each rank. Sets args.steps for --epochs."""
+    block_size = data.block_size
     one = args.micro_batch * block_size * ranks.world
-    if args.batch_documents and not args.batch_tokens:
-        tokens = args.batch_documents / data.documents * samples * block_size
-        args.batch_tokens = one * max(1, round(tokens / one))
-    args.batch_tokens = args.batch_tokens or one
     n_micro, rest = divmod(args.batch_tokens, one)
     if rest:
         product = f"micro-batch x block x ranks = {args.micro_batch} x {block_size} x {ranks.world} = {one}"
         raise ValueError(f"--batch-tokens {args.batch_tokens} is not a multiple of {product}")
     if args.epochs:
-        args.steps = math.ceil(args.epochs * samples * block_size / args.batch_tokens)
+        args.steps = math.ceil(args.epochs * len(data) * block_size / args.batch_tokens)
     return n_micro
 
 
@@ -291,8 +289,11 @@ def move_to_device(model, args, device, compiled, ranks):
         block.recompute = args.recompute
         if compiled:  # all blocks share one code; not dynamic, or an evaluation's batch size would change training's
             block.compile(dynamic=False)
-    if compiled and device == "cuda":  # on a CPU this does not pay
-        model.softmax_gradient = torch.compile(softmax_gradient, dynamic=False)
+    if compiled and device == "cuda":  # on a CPU the one does not pay, and the other has no backward
+        model.softmax_gradient, model.uses_flex = torch.compile(softmax_gradient, dynamic=False), True
+    if device == "cuda" and torch.cuda.get_device_capability()[0] == 9:  # Hopper
+        with contextlib.suppress(ImportError):  # where it is installed
+            torch.nn.attention.activate_flash_attention_impl("FA3")
     if args.shard:
         apply_fsdp(model, device, ranks.world)
     model.to(device)
@@ -341,8 +342,6 @@ def check_resume(args, data, machine, checkpoint, saved, ranks):
 
 
 def dry_run(args):
-    from extras.plan import print_plan
-
     base = load(args.init_from)[0].config if args.init_from else PRESETS[args.preset or "demo"]
     print_plan(replace(base, **given_fields(args)), args)
 
@@ -426,6 +425,7 @@ def main(argv=None):
     model = make_model(args, tokenizer, checkpoint, saved)
     objective = Preference(args.beta, args.label_smoothing, args.sft_weight) if args.recipe == "dpo" else Likelihood()
     data, val = open_data(args, model.config.block_size, saved, ranks)
+    set_sizes(args, model, data, device, ranks)
     n_micro = count_micro_batches(args, data, ranks)
     compiled = can_compile(device) if args.compile is None else args.compile
     machine = describe_machine(args, device, compiled, ranks)

@@ -18,10 +18,8 @@ from common import keep_large_buffers
 from data import TokenData, batch_at
 from extras.plot import pyplot
 from extras.timing import median_seconds
-from model import Decoder
 from optim import make_optimizers
 from parallel import gather_state
-from train import get_args as train_args
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,14 +56,12 @@ def run_until(command, step, **environment):
     return first, statistics.median(times[5:] or times)
 
 
-def state_times(out, flags, repeats=20):
+def state_times(out, repeats=20):
     """-> median seconds to read a step's batch, and to copy the state of model and optimizers, of the run in `out`."""
-    options = train_args(list(flags))
-    config = load(out)[0].config
-    data = TokenData(options.data, "train", config.block_size)
-    model = Decoder(config)
-    n = options.batch_tokens // config.block_size if options.batch_tokens else options.micro_batch
-    optimizers = make_optimizers(model, options.optimizer, options.lr, options.weight_decay)
+    model, _, info = load(out)
+    flags, block_size = info.state["args"], model.config.block_size
+    data, n = TokenData(flags["data"], "train", block_size), flags["batch_tokens"] // block_size
+    optimizers = make_optimizers(model, flags["optimizer"], flags["lr"], flags["weight_decay"])
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     for optimizer in optimizers:
@@ -94,7 +90,7 @@ def benchmark_run(args, flags=(), steps=40):
             f"from the command to the end of the first step: {cold:.1f} s, with --resume {resumed:.1f} s; "
             f"a step: {1000 * step:.0f} ms"
         )
-        for what, took in zip(("loading", "copying the state"), state_times(out, flags)):
+        for what, took in zip(("loading", "copying the state"), state_times(out)):
             print(f"{what}: {1000 * took:.1f} ms, {took / step:.1%} of a step")
 
         times = {1: [], 2: []}

@@ -7,12 +7,14 @@ import time
 import pytest
 import torch
 from conftest import ROOT, TINY, call, losses, what_a_run_leaves
+from test_dpo import EOS, example
 
 from data import TokenData, batches
-from extras.plan import plan_bytes
+from dpo import Preference
 from model import PRESETS, Config, Decoder, cross_entropy, softmax_gradient
 from optim import make_optimizers, scale_and_clip, update
 from parallel import Ranks
+from plan import StepMemory, gpu_bytes
 from train import Likelihood, get_args, gradients, move_to_device
 
 pytestmark = [
@@ -71,6 +73,56 @@ def test_the_compiled_loss_is_the_eager_one_and_the_plain_one():
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=0)
         for got, want in zip(torch.autograd.grad(ours, (hidden, weight)), expected):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("head_dim", [56, 64, 128])
+def test_flex_attention_looks_where_the_mask_does(head_dim, recompute):
+    """Documents of all sizes in a row: loss within 1 %, gradients within 5 % of their norm, in bf16; and the same bits
+    again."""
+    config = Config(n_layer=2, d_model=4 * head_dim, n_head=4, n_kv_head=2, vocab_size=512, block_size=1024, reset_id=0)
+    torch.manual_seed(0)
+    model = Decoder(config).cuda()
+    for p in model.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+    ids = torch.randint(512, (4, 1025), device="cuda")
+    ids[0, 1:].clamp_(min=1)  # a row of one document
+
+    def loss_and_gradients():
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(ids[:, :-1], ids[:, 1:])
+        return loss.item(), torch.autograd.grad(loss, list(model.parameters()))
+
+    masked, expected = loss_and_gradients()
+    move_to_device(model, get_args(["--recompute"] if recompute else []), "cuda", True, Ranks())
+    assert model.uses_flex
+    loss, got = loss_and_gradients()
+    assert loss == pytest.approx(masked, rel=0.01)
+    for (name, _), a, b in zip(model.named_parameters(), got, expected):
+        assert (a - b).norm() <= 0.05 * b.norm() + 1e-6, name
+    assert all(map(torch.equal, got, loss_and_gradients()[1]))
+
+
+@pytest.mark.parametrize("sft_weight", [0.0, 0.5])
+def test_pairs_of_answers_are_on_the_gpu_what_they_are_on_the_cpu(sft_weight):
+    """The loss, what is logged, and each gradient: compiled, in fp32, from rows of two, one and no pairs."""
+    config = Config(n_layer=2, d_model=128, n_head=2, n_kv_head=2, vocab_size=50, block_size=64, reset_id=EOS)
+    model, objective = Decoder(config), Preference(beta=0.5, sft_weight=sft_weight)
+    for p in model.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+    ids, targets, _ = example(0)
+    reference = -10 * torch.rand(3, 4)
+    results = []
+    for device in ("cpu", "cuda"):
+        if device == "cuda":
+            move_to_device(model, get_args([]), "cuda", True, Ranks())
+            torch.set_float32_matmul_precision("highest")
+        sums = objective(model, *(a.to(device) for a in (ids, targets, reference)))
+        results.append([part.cpu() for part in (sums, *torch.autograd.grad(sums[0], list(model.parameters())))])
+    for got, expected in zip(*reversed(results)):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("changes", [{"dispatch": "causal"}, {"ffn": "dense"}], ids=str)
@@ -143,9 +195,9 @@ def test_two_processes_on_one_gpu_give_the_loss_of_one(small_data, tmp_path):
 
 def test_the_memory_of_a_step_is_the_plans(tmp_path):
     """steel-1b, one micro-batch of 4, eager: --dry-run plans what the GPU holds at most, and 15 % too much at most."""
-    args = get_args(["--preset", "steel-1b", "--micro-batch", "4"])
-    config, planned = PRESETS["steel-1b"], None
-    planned = plan_bytes(config, args)
+    args, config = get_args(["--preset", "steel-1b"]), PRESETS["steel-1b"]
+    planned = StepMemory(config, 4, args).on_each(1, shard=False)
+    assert 0.5 * planned < gpu_bytes(Ranks()) < 10 * planned
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     model = Decoder(config)

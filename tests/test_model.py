@@ -15,6 +15,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.nn.attention import flex_attention
 
 from extras.huggingface import hugging_face_tensors
+from extras.timing import peak_memory
 from model import (
     PRESETS,
     Attention,
@@ -498,6 +499,19 @@ def test_chunked_loss_is_the_plain_loss_with_its_gradients(chunk):
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
     for a, b in zip(*(torch.autograd.grad(3 * loss, (hidden, weight)) for loss in (ours, plain))):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.quick
+def test_the_loss_holds_the_numbers_of_one_chunk_at_a_time():
+    """Beside gradients of hidden [N, D] and weight [V, D], and a chunk's share of the latter: one chunk of [n, V]."""
+    N, V, D, chunk = 400, 5000, 8, 100
+    hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    targets = torch.randint(V, (N,))
+    peak = peak_memory(lambda: cross_entropy(hidden, weight, targets, chunk=chunk).backward())
+    assert peak < 1.1 * 4 * (chunk * V + 2 * V * D + N * D)
+    with torch.autocast("cpu", torch.bfloat16):  # a chunk in fp32, and its gradient in bf16
+        peak = peak_memory(lambda: cross_entropy(hidden, weight, targets, chunk=chunk))
+    assert peak < 1.1 * (6 * chunk * V + (2 + 4 + 4) * V * D + 4 * N * D)
 
 
 @pytest.mark.quick

@@ -1,15 +1,19 @@
-"""The memory that --dry-run computes from shapes, compared with what a step really allocates."""
+"""The memory that is computed from shapes, compared with what a step really allocates; and what follows from it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import call
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from extras.plan import LiveTensors
+import plan
 from extras.timing import peak_memory
 from model import PRESETS, Config, Decoder
+from parallel import Ranks
+from plan import LiveTensors, StepMemory, set_sizes
+from train import get_args
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -45,3 +49,86 @@ def test_the_plan_counts_what_each_process_holds():
     assert len({row[1] for row in rows}) == 1  # without FSDP every GPU holds everything
     fsdp = [float(row[2]) for row in rows[1:]]
     assert fsdp == sorted(fsdp, reverse=True) and fsdp[0] < float(rows[0][1])
+
+
+class Text:
+    """A corpus of so many tokens, and conversations."""
+
+    def __init__(self, tokens, block_size, documents=1):
+        self.block_size, self.documents, self.samples = block_size, documents, tokens // block_size
+
+    def __len__(self):
+        return self.samples
+
+
+class Alone(Ranks):
+    """Rank 0 of several, without the others."""
+
+    def from_rank_0(self, number):
+        return number
+
+
+def chosen(monkeypatch, flags, tokens, gigabytes, world=1, device="cuda", documents=1):
+    """What set_sizes() makes of flags, and the memory of that step, in GB."""
+    monkeypatch.setattr(plan, "gpu_bytes", lambda ranks: gigabytes * 10**9)
+    args = get_args(flags.split())
+    config = PRESETS[args.preset or "demo"]
+    with torch.device("meta"):
+        model = Decoder(config)
+    set_sizes(args, model, Text(tokens, config.block_size, documents), device, Alone(0, world, 0, world))
+    needed = [
+        StepMemory(config, size, args).on_each(world, args.shard) for size in (args.micro_batch, 2 * args.micro_batch)
+    ]
+    return SimpleNamespace(**vars(args), needed=needed[0] / 1e9, of_twice=needed[1] / 1e9)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "flags, gigabytes, world",
+    [
+        ("--preset small", 80, 1),
+        ("--preset small", 24, 1),
+        ("--preset small --recompute", 12, 1),
+        ("--preset steel-1b", 80, 4),
+        ("--preset steel-1b --shard", 24, 8),
+    ],
+)
+def test_a_large_model_on_a_gpu_gets_the_largest_micro_batch_that_fits(flags, gigabytes, world, monkeypatch):
+    got = chosen(monkeypatch, flags, 10**10, gigabytes, world)
+    assert got.needed <= 0.9 * gigabytes < got.of_twice
+    assert got.batch_tokens == 1 << 19
+
+
+@pytest.mark.quick
+def test_a_step_of_a_large_model_on_gpus_has_2_19_tokens_and_its_rate(monkeypatch, capsys):
+    got = chosen(monkeypatch, "--preset small", 10**10, 10_000)
+    assert (got.micro_batch, got.batch_tokens) == (512, 512 * 1024)  # no micro-batch is larger than its step
+    assert got.lr == pytest.approx(0.00244949)  # 6e-3 / sqrt(6)
+    got = chosen(monkeypatch, "--preset small --optimizer adamw", 10**10, 10_000, world=8)
+    assert (got.micro_batch, got.batch_tokens, got.lr) == (64, 1 << 19, pytest.approx(0.000612372))
+    got = chosen(monkeypatch, "--preset steel-1b", 10**10, 10_000, world=6)
+    assert (got.micro_batch, got.batch_tokens) == (2, 43 * 2 * 2048 * 6)  # the multiple nearest to 2^19
+    assert "warning" not in capsys.readouterr().out
+    got = chosen(monkeypatch, "--preset small", 3_000_000, 80)
+    assert (got.micro_batch, got.batch_tokens) == (8, 8192)  # 366 steps an epoch; twice as many tokens: 183
+    assert got.lr == pytest.approx(0.000306186)  # 6e-3 / sqrt(6) / 8
+    said = capsys.readouterr().out
+    assert "the data have only 2,999,296 tokens: a step takes 8,192, not 524,288" in said
+
+
+@pytest.mark.quick
+def test_flags_and_recipes_come_before_what_a_gpu_chooses(monkeypatch):
+    got = chosen(monkeypatch, "--preset small --micro-batch 3 --lr 0.01", 10**10, 80)
+    assert (got.micro_batch, got.batch_tokens, got.lr) == (3, 171 * 3 * 1024, 0.01)
+    got = chosen(monkeypatch, "--preset small --batch-tokens 12288", 10**10, 80)
+    assert (got.micro_batch, got.batch_tokens) == (4, 12288)
+    got = chosen(monkeypatch, "--recipe sft --preset small", 10**8, 80, documents=500_000)
+    assert (got.lr, got.micro_batch, got.batch_tokens) == (2e-5, 32, 2 * 32 * 1024)  # 256 conversations: 51,200 tokens
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("device, flags", [("cpu", "--preset small"), ("cuda", ""), ("cpu", "")])
+def test_elsewhere_the_numbers_are_those_of_the_demo_model(device, flags, monkeypatch):
+    got = chosen(monkeypatch, flags, 10**10, 80, world=2, device=device)
+    assert (got.micro_batch, got.lr) == (16, 6e-3)
+    assert got.batch_tokens == 2 * 16 * PRESETS[got.preset or "demo"].block_size
