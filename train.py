@@ -268,8 +268,9 @@ def open_data(args, block_size, saved, ranks):
     return train, val
 
 
-def count_micro_batches(args, data, ranks):
-    """Micro-batches of a step on each rank. Sets args.steps for --epochs."""
+def count_micro_batches(args, model, data, device, ranks):
+    """Micro-batches of a step on each rank. Sets the sizes that no flag has set, and args.steps for --epochs."""
+    set_sizes(args, model, data, device, ranks)
     block_size = data.block_size
     one = args.micro_batch * block_size * ranks.world
     n_micro, rest = divmod(args.batch_tokens, one)
@@ -425,8 +426,7 @@ def main(argv=None):
     model = make_model(args, tokenizer, checkpoint, saved)
     objective = Preference(args.beta, args.label_smoothing, args.sft_weight) if args.recipe == "dpo" else Likelihood()
     data, val = open_data(args, model.config.block_size, saved, ranks)
-    set_sizes(args, model, data, device, ranks)
-    n_micro = count_micro_batches(args, data, ranks)
+    n_micro = count_micro_batches(args, model, data, device, ranks)
     compiled = can_compile(device) if args.compile is None else args.compile
     machine = describe_machine(args, device, compiled, ranks)
     if checkpoint:

@@ -13,28 +13,31 @@ import torch
 
 from common import flops_per_token, peak_flops
 from extras.timing import autocast, median_seconds, timed
-from model import PRESETS, Config, Decoder, cross_entropy, place_tokens
+from model import PRESETS, Decoder, cross_entropy, place_tokens
 from optim import make_optimizers, scale_and_clip, update
 from parallel import Ranks
+from plan import BATCH_TOKENS
 from sample import compile_step, generate
 from train import get_args, move_to_device
 
-BATCH_TOKENS = 1 << 19
-# name -> shape, samples of a micro-batch. `small` keeps its own vocabulary, the others have Qwen's
-MODELS = {
-    "small": (PRESETS["small"], 32),
-    "614m": (Config(n_layer=24, d_model=1024, n_head=8, n_kv_head=8, vocab_size=151_936, block_size=2048), 8),
-    "steel-1b": (PRESETS["steel-1b"], 8),
+MICRO_BATCH = {"small": 32, "base-350m": 8, "steel-1b": 8}  # samples
+KINDS = ("dense", "causal", "transformers")
+PLAN = (("training", "small"), ("decoding", "small"), ("training", "steel-1b"), ("training", "base-350m"))
+ROWS = [(what, name, kind) for what, name in PLAN for kind in KINDS]
+SECONDS = 290  # a row that could last longer than what is left of them is not begun
+COLUMNS = {
+    "training": {
+        "tokens/s": ("tokens_per_second", "{:,.0f}"),
+        "mfu": ("mfu", "{:.0%}"),
+        "memory, GB": ("memory_gb", "{:.1f}"),
+        "micro-batch, ms": ("micro_ms", "{:.1f}"),
+        "end of step, ms": ("end_ms", "{:.1f}"),
+        "attention, ms": ("attention_ms", "{:.1f}"),
+        "feed-forward, ms": ("ffn_ms", "{:.1f}"),
+        "loss, ms": ("loss_ms", "{:.1f}"),
+    },
+    "decoding": {"tokens/s, batch 1": ("batch_1", "{:,.0f}"), "batch 64": ("batch_64", "{:,.0f}")},
 }
-ROWS = [
-    ("small", "dense"),
-    ("small", "causal"),
-    ("small", "transformers"),
-    ("614m", "causal"),
-    ("steel-1b", "dense"),
-    ("steel-1b", "causal"),
-    ("steel-1b", "transformers"),
-]
 
 
 def transformers_model(config):
@@ -58,9 +61,13 @@ def transformers_model(config):
     return Qwen2ForCausalLM(shape)
 
 
+def shape_of(name, kind):
+    return replace(PRESETS[name], ffn="soft_moe" if kind == "causal" else "dense")
+
+
 def training_step(name, kind, micro_batch):
-    """-> model, functions for a micro-batch and for the end of a step."""
-    config = replace(MODELS[name][0], ffn="soft_moe" if kind == "causal" else "dense")
+    """-> config, model, functions for a micro-batch and for the end of a step."""
+    config = shape_of(name, kind)
     args = get_args([])
     ids = torch.randint(config.vocab_size, (micro_batch, config.block_size + 1), device="cuda")
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -131,9 +138,9 @@ def part_seconds(config, model, micro_batch):
     return times
 
 
-def measure(name, kind, with_parts):
+def measure(name, kind):
     """One row of the table, as a dict."""
-    micro_batch = MODELS[name][1] // (4 if kind == "transformers" and name == "steel-1b" else 1)
+    micro_batch = MICRO_BATCH[name] // (4 if kind == "transformers" and name == "steel-1b" else 1)
     torch.cuda.reset_peak_memory_stats()
     config, model, micro, finish = training_step(name, kind, micro_batch)
     compile_seconds = timed(micro, "cuda")[0]
@@ -141,14 +148,9 @@ def measure(name, kind, with_parts):
     one = median_seconds([micro], 10, "cuda", warm_up=2)[0]
     end = median_seconds([finish], 5, "cuda", warm_up=1)[0]
     memory = torch.cuda.max_memory_allocated()
-    tokens = micro_batch * config.block_size
-    n_params = sum(p.numel() for p in model.parameters())
-    speed = BATCH_TOKENS / (BATCH_TOKENS / tokens * one + end)
-    flops = flops_per_token(model, config.block_size) if kind != "transformers" else None
+    speed = BATCH_TOKENS / (BATCH_TOKENS / (micro_batch * config.block_size) * one + end)
     row = {
-        "model": name,
-        "kind": kind,
-        "parameters": n_params,
+        "parameters": sum(p.numel() for p in model.parameters()),
         "micro_batch": micro_batch,
         "tokens_per_second": speed,
         "micro_ms": 1000 * one,
@@ -156,40 +158,35 @@ def measure(name, kind, with_parts):
         "memory_gb": memory / 1e9,
         "compile_s": compile_seconds,
     }
-    if flops and (peak := peak_flops("cuda")):
-        row["mfu"] = flops * speed / peak
-    if with_parts and kind != "transformers":
+    if kind != "transformers":
+        if peak := peak_flops("cuda"):
+            row["mfu"] = flops_per_token(model, config.block_size) * speed / peak
         row["loss_ms"] = 1000 * loss_seconds(config, model, micro_batch)
         attention, ffn = part_seconds(config, model, micro_batch)
         row |= {"attention_ms": 1000 * attention, "ffn_ms": 1000 * ffn}
     return row
 
 
-def decode_rows(name="small", prompt=64, new=64):
-    """Greedy decoding after a prompt, bf16 weights: tokens/s at batch 1 and 64, ours compiled, and transformers."""
-    config = MODELS[name][0]
-    rows = []
-    for kind in ("transformers", "dense", "causal"):
-        shape = replace(config, ffn="soft_moe" if kind == "causal" else "dense")
-        with torch.device("cuda"):
-            model = transformers_model(shape) if kind == "transformers" else Decoder(shape)
-        model = model.to(torch.bfloat16).eval()
-        if kind != "transformers":
-            compile_step(model)
-        for batch in (1, 64):
-            ids = torch.randint(config.vocab_size, (batch, prompt), device="cuda")
+def measure_decoding(name, kind, prompt=64, new=64):
+    """Greedy decoding after a prompt, bf16 weights, ours compiled: {"batch_1", "batch_64"}, tokens/s."""
+    config = shape_of(name, kind)
+    with torch.device("cuda"):
+        model = transformers_model(config) if kind == "transformers" else Decoder(config)
+    model, row = model.to(torch.bfloat16).eval(), {}
+    if kind != "transformers":
+        compile_step(model)
+    for batch in (1, 64):
+        ids = torch.randint(config.vocab_size, (batch, prompt), device="cuda")
 
-            def decode(model=model, ids=ids, kind=kind):
-                if kind == "transformers":
-                    with torch.no_grad():
-                        model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, use_cache=True)
-                else:
-                    list(generate(model, ids, new, shape.vocab_size, temperature=0))
+        def decode(ids=ids):
+            if kind == "transformers":
+                with torch.no_grad():
+                    model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, use_cache=True)
+            else:
+                list(generate(model, ids, new, config.vocab_size, temperature=0))
 
-            seconds = median_seconds([decode], 3, "cuda", warm_up=1)[0]
-            rows.append({"decode": name, "kind": kind, "batch": batch, "tokens_per_second": batch * new / seconds})
-            print(rows[-1], flush=True)
-    return rows
+        row[f"batch_{batch}"] = batch * new / median_seconds([decode], 3, "cuda", warm_up=1)[0]
+    return row
 
 
 def matmul_peak():
@@ -199,44 +196,46 @@ def matmul_peak():
 
 
 def benchmark_gpu(args):
-    """Print a line for each model and kind as it is measured, then the table; --json FILE saves all of it."""
+    """Print a line for each model and kind as it is measured, then the tables; --json FILE saves all of it."""
     if not torch.cuda.is_available():
         raise ValueError("gpu measures a GPU that CUDA can use, and there is none here")
     torch.set_float32_matmul_precision("high")
-    start = time.perf_counter()
-    result = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "matmul_flops": matmul_peak()}
+    start, longest = time.perf_counter(), 0.0
+    result = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "matmul_flops": matmul_peak(),
+        "rows": [],
+    }
     matmul = f"8192^3 matmul {result['matmul_flops'] / 1e12:.0f} TFLOP/s"
     print(f"{result['gpu']}, torch {result['torch']}, {matmul}", flush=True)
-    result["rows"] = []
-    for name, kind in ROWS:
+    for what, name, kind in ROWS:
+        began, row = time.perf_counter(), {"what": what, "model": name, "kind": kind}
         try:
-            row = measure(name, kind, with_parts=name != "614m")
+            if began - start + longest < SECONDS:
+                row |= measure(name, kind) if what == "training" else measure_decoding(name, kind)
+            else:
+                row["missing"] = "no time left"
         except torch.OutOfMemoryError:
-            row = {"model": name, "kind": kind, "out_of_memory": True}
+            row["missing"] = "out of memory"
         result["rows"].append(row)
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
-    print_table(result)
-    result["decode"] = decode_rows()
+        longest = max(longest, time.perf_counter() - began)
     result["seconds"] = time.perf_counter() - start
+    print_tables(result)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1)
 
 
-COLUMNS = ("tokens/s", "mfu", "memory GB", "micro-batch ms", "end of step ms", "attention", "feed-forward", "loss")
-
-
-def print_table(result):
-    """A table for docs/gpu.md."""
-    print(f"\n| {result['gpu']} | {' | '.join(COLUMNS)} |\n|{'---|' * (1 + len(COLUMNS))}")
-    for row in result["rows"]:
-        if "out_of_memory" in row:
-            print(f"| {row['model']} {row['kind']} | out of memory |{' |' * (len(COLUMNS) - 1)}")
-            continue
-        cells = [f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.0%}" if "mfu" in row else ""]
-        numbers = ("memory_gb", "micro_ms", "end_ms", "attention_ms", "ffn_ms", "loss_ms")
-        cells += [f"{row[key]:.1f}" if key in row else "" for key in numbers]
-        print(f"| {row['model']} {row['kind']} | {' | '.join(cells)} |")
+def print_tables(result):
+    """Tables for docs/gpu.md."""
+    for what, columns in COLUMNS.items():
+        print(f"\n| {result['gpu']}, {what} | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}")
+        for row in (row for row in result["rows"] if row["what"] == what):
+            cells = [form.format(row[key]) if key in row else "" for key, form in columns.values()]
+            cells[0] = cells[0] or row["missing"]
+            print(f"| {row['model']}, {row['kind']} | {' | '.join(cells)} |")
