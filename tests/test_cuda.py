@@ -78,8 +78,10 @@ def test_the_compiled_loss_is_the_eager_one_and_the_plain_one():
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("head_dim", [56, 64, 128])
 def test_flex_attention_looks_where_the_mask_does(head_dim, recompute):
-    """Documents of all sizes in a row: loss within 1 %, gradients within 5 % of their norm, in bf16; and the same bits
-    again. Not yet run on a GPU."""
+    """Rows of documents of all sizes: loss within 1 %, gradients within 5 % of their norm, in bf16; and the bits again.
+
+    Not yet run on a GPU.
+    """
     config = Config(n_layer=2, d_model=4 * head_dim, n_head=4, n_kv_head=2, vocab_size=512, block_size=1024, reset_id=0)
     torch.manual_seed(0)
     model = Decoder(config).cuda()
@@ -106,8 +108,10 @@ def test_flex_attention_looks_where_the_mask_does(head_dim, recompute):
 
 @pytest.mark.parametrize("sft_weight", [0.0, 0.5])
 def test_pairs_of_answers_are_on_the_gpu_what_they_are_on_the_cpu(sft_weight):
-    """The loss, what is logged, and each gradient: compiled, in fp32, from rows of two, one and no pairs. Not yet run on a
-    GPU."""
+    """The loss, what is logged, and each gradient: compiled, in fp32, from rows of two, one and no pairs.
+
+    Not yet run on a GPU.
+    """
     config = Config(n_layer=2, d_model=128, n_head=2, n_kv_head=2, vocab_size=50, block_size=64, reset_id=EOS)
     model, objective = Decoder(config), Preference(beta=0.5, sft_weight=sft_weight)
     for p in model.parameters():
