@@ -107,7 +107,7 @@ def test_a_step_of_a_large_model_on_gpus_has_2_19_tokens_and_its_rate(monkeypatc
     got = chosen(monkeypatch, "--preset small --optimizer adamw", 10**10, 10_000, world=8)
     assert (got.micro_batch, got.batch_tokens, got.lr) == (64, 1 << 19, pytest.approx(0.000612372))
     got = chosen(monkeypatch, "--preset steel-1b", 10**10, 10_000, world=6)
-    assert (got.micro_batch, got.batch_tokens) == (2, 43 * 2 * 2048 * 6)  # the multiple nearest to 2^19
+    assert (got.micro_batch, got.batch_tokens) == (32, 32 * 2048 * 6)  # a power of two on each
     assert "warning" not in capsys.readouterr().out
     got = chosen(monkeypatch, "--preset small", 3_000_000, 80)
     assert (got.micro_batch, got.batch_tokens) == (8, 8192)  # 366 steps an epoch; twice as many tokens: 183
