@@ -25,10 +25,11 @@ import torch
 from common import flush_folder, lock_file, one_line
 from model import Config, Decoder
 from optim import MAX_SKIPPED, RECENT_STEPS, is_bad
+from order import next_phase, places_of
 from parallel import gather_state
 from tokenizer import load_tokenizer
 
-VERSION = 2  # of state.json
+VERSION = 3  # of state.json
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Loading
@@ -153,7 +154,7 @@ def read_tensors(path):
 class State:
     """Where a run is. What the device computes stays there until read() or check(), so that no step waits for it."""
 
-    phases: list  # [[samples of the data, samples served], ...]: the place in the data, see data.py
+    phases: list  # the place in the data: see order.py
     recent: torch.Tensor  # [RECENT_STEPS]: losses of the last good steps, NaN where there are none yet
     skipped: torch.Tensor  # bad steps so far
     in_a_row: torch.Tensor  # bad steps since the last good one
@@ -198,12 +199,12 @@ class State:
 
     def advance(self, samples):
         self.step += 1
-        self.phases[-1][1] += samples
+        self.phases[-1]["served"] += samples
 
     @property
     def samples(self):
         """Served since the beginning of the run."""
-        return sum(served for _, served in self.phases)
+        return sum(phase["served"] for phase in self.phases)
 
     def progress(self, args):
         """The share of the run that is done, by steps or by time."""
@@ -215,14 +216,18 @@ class State:
 
 def make_state(args, data, device, saved):
     """The state of a new run, or a saved one, whose data may have grown."""
+    samples = data.samples()
+    places = places_of(samples, args.mix, args.mix_share)
     if not saved:
-        return State.create(device, [[len(data), 0]])
+        return State.create(device, next_phase([], samples, places))
     names = ("phases", "recent", "skipped", "in_a_row", "step", "seconds")
     state = {name: saved[name] for name in names}
-    if len(data) > state["phases"][-1][0]:
-        state["phases"].append([len(data), 0])
+    same_mix = (args.mix, args.mix_share) == (saved["args"]["mix"], saved["args"]["mix_share"])
+    if samples != state["phases"][-1]["samples"] or not same_mix:
+        goes_on = same_mix and not args.mix_share
+        state["phases"] = next_phase(state["phases"], samples, places, goes_on)
     new_flags = any(getattr(args, name) != saved["args"][name] for name in ("lr", "batch_tokens"))
-    if new_flags or state["phases"][-1][1] == 0:
+    if new_flags or state["phases"][-1]["served"] == 0:
         state["recent"] = []  # losses to come need not be like those before
     return State.create(device, **state)
 

@@ -1,4 +1,4 @@
-"""Prepared data: the shard format, its writer and its reader, and the order in which training serves it.
+"""Prepared data: the shard format, its writer and its reader.
 
     data = TokenData("data/default", split="train", block_size=128)
     ids = data[0]                        # sample 0: block_size + 1 ids
@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from common import sha256_of, write_atomically
+from order import samples_at
 from packing import pack_shard
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -79,7 +80,10 @@ def read_manifest(folder):
         manifest = json.loads(path.read_text(encoding="utf-8"))
         names = [manifest["tokenizer"]["file"], *(shard["name"] for shard in manifest["shards"])]
         outside = [name for name in names if Path(name).name != name]
-        damaged = not {"parts", "inputs", "ledger"} <= manifest.keys()
+        damaged = (
+            not all({"source", "language", "split"} <= shard.keys() for shard in manifest["shards"])
+            or not {"parts", "inputs", "ledger"} <= manifest.keys()
+        )
     except FileNotFoundError:
         raise ValueError(f"no data in {folder}: python prepare.py FILE_OR_DIR --out {folder}") from None
     except (ValueError, AttributeError, KeyError, TypeError):
@@ -141,6 +145,11 @@ class TokenData:
         blocks = [(shard["tokens"] - 1) // block_size for shard in self.shards]
         sizes = [len(self.rows[k]) if k in self.rows else n for k, n in enumerate(blocks)]
         self.first = np.cumsum([0, *sizes])  # first[k] is the number of shard k's first sample
+        self.sources = {}  # of each, by its name and language: the numbers of its shards
+        for k in range(len(self.shards)):
+            self.sources.setdefault(self._source(k), []).append(k)
+        # Where the samples of each of its shards end, among those of the source.
+        self.ends = {source: np.cumsum([sizes[k] for k in ks]) for source, ks in self.sources.items()}
         if len(self) == 0:
             if self.rows:
                 fix = f"set --block-size above {block_size}, or give prepare.py shorter ones"
@@ -226,6 +235,22 @@ class TokenData:
         packed = f"packed: {found} in {n:,} samples, {share:.1%} of them text; {lost}"
         return packed if n else ""
 
+    def samples(self):
+        """{source: how many samples it has}."""
+        return {source: int(ends[-1]) for source, ends in self.ends.items()}
+
+    def number(self, source, i):
+        """The number, among all, of the i-th sample of a source."""
+        at = int(np.searchsorted(self.ends[source], i, side="right"))
+        return int(self.first[self.sources[source][at] + 1] - self.ends[source][at]) + i
+
+    def source_of(self, i):
+        """The source of sample i."""
+        return self._source(self._locate(i)[0])
+
+    def _source(self, k):
+        return f"{self.shards[k]['source']} {self.shards[k]['language']}"
+
     def _locate(self, i):
         """The shard of sample i, and its number there."""
         if not 0 <= i < len(self):
@@ -260,77 +285,7 @@ def evenly_spaced(samples, max_tokens):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Order: which sample comes when is a pure function of (seed, step, rank). There is no loader state to save or to lose
-
-
-def data_order(i, n, seed):
-    """A seeded bijection of [0, n), int or int array -> the same: the i-th sample of an epoch.
-
-    A Feistel network of 6 rounds over the next power of four, walked along its cycle until it lands below n (Black and
-    Rogaway 2002, section 4): O(1) memory at any n up to 2^62, as no permutation is stored.
-    """
-    i = np.asarray(i, dtype=np.uint64)
-    if n < 1 or i.size and int(i.max()) >= n:
-        raise ValueError(f"data_order: index outside of [0, {n})")
-    half_bits = np.uint64(max(1, math.ceil(max(1, (n - 1).bit_length()) / 2)))
-    low = np.uint64((1 << int(half_bits)) - 1)
-    digest = hashlib.sha256(f"data order {seed}".encode()).digest()
-    keys = np.frombuffer(digest[:24], dtype=np.uint32).astype(np.uint64)
-
-    def permute(x):
-        left, right = x >> half_bits, x & low
-        for key in keys:
-            # One multiplication and two shifts mix the bits well enough (constants of splitmix64).
-            h = (right + key) * np.uint64(0xBF58476D1CE4E5B9)
-            h = (h ^ (h >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
-            left, right = right, left ^ ((h >> np.uint64(32)) & low)
-        return left << half_bits | right
-
-    with np.errstate(over="ignore"):
-        out = permute(i)
-        while (outside := out >= n).any():
-            out = np.where(outside, permute(out), out)
-    return out.astype(np.int64) if out.ndim else int(out)
-
-
-# A phase is [samples of the data, samples served in it]. Data that grows between two runs begins a new phase. Example:
-# [[100, 30]]: of 100 samples 30 were served. 40 are added: [[100, 30], [140, 0]]. The new phase first serves the 70
-# samples left of the old epoch and the 40 new ones, mixed; from then on epochs of all 140.
-
-
-def samples_before(phases):
-    """How many samples the data had in the last of these phases."""
-    return phases[-1][0] if phases else 0
-
-
-def first_epoch(phases):
-    """How many samples the first epoch of the last phase serves: those left of the phase before, and the new ones."""
-    *before, (n, _) = phases
-    return unserved(before) + n - samples_before(before)
-
-
-def unserved(phases):
-    """How many samples the current epoch still has to serve."""
-    if not phases:
-        return 0
-    n, served = phases[-1]
-    first = first_epoch(phases)
-    return first - served if served < first else -(served - first) % n  # the rest of an epoch of n
-
-
-def sample_at(i, phases, seed):
-    """The number of the i-th sample that the last phase serves."""
-    *before, (n, _) = phases
-    first = first_epoch(phases)
-    name = f"{seed} phase {len(before)}" if before else seed
-    if i >= first:
-        epoch, in_epoch = divmod(i - first, n)
-        return data_order(in_epoch, n, f"{name} epoch {epoch + 1}")
-    mixed = data_order(i, first, f"{name} epoch 0")
-    left = unserved(before)
-    if mixed < left:  # one that the phase before would have served next
-        return sample_at(before[-1][1] + mixed, before, seed)
-    return samples_before(before) + mixed - left
+# What training reads
 
 
 def batch_at(data, phases, seed, first, count):
@@ -338,9 +293,9 @@ def batch_at(data, phases, seed, first, count):
     reference says of their answers, [count, answers]."""
     import torch  # here, as prepare.py's processes do without it
 
-    numbers = [sample_at(i, phases, seed) for i in range(first, first + count)]
+    numbers = [data.number(source, i) for source, i in samples_at(first, count, phases, seed)]
     arrays = [np.stack(rows) for rows in zip(*(inputs_and_targets(data, number) for number in numbers))]
-    if getattr(data, "reference", None) is not None:  # data may be a list of rows
+    if data.reference is not None:
         arrays.append(data.reference[numbers])
     return tuple(torch.from_numpy(array) for array in arrays)
 
@@ -367,7 +322,7 @@ def batches(data, phases, seed, ranks, n_micro, micro_batch, device="cpu"):
     with concurrent.futures.ThreadPoolExecutor(1, initializer=set_gpu if pinned else None) as thread:
         step_samples = ranks.world * n_micro * micro_batch
         coming = None
-        for first in itertools.count(phases[-1][1], step_samples):
+        for first in itertools.count(phases[-1]["served"], step_samples):
             ready, coming = coming, thread.submit(read, first)
             if ready:
                 yield ready.result()

@@ -108,8 +108,9 @@ def check_task(parser, args):
 def evaluate(
     model, samples, token_bytes, device="cpu", batch_tokens=4096, max_tokens=MAX_TOKENS, rank=0, world=1, stopping=None
 ):
-    """Score samples of T + 1 ids (-1 after the end of a text) -> {"loss", "perplexity", "bpb", "tokens"}.
+    """Score samples of T + 1 ids (-1 after the end of a text) -> {"loss", "perplexity", "bpb", "tokens", "by"}.
 
+    by: the same of each source of a TokenData, and of each language, by name; empty where there is only one source.
     If there are more than max_tokens, evenly spaced samples are scored. bpb divides by the bytes of the counted
     targets; special tokens have no bytes, but their nats count. With world > 1 each rank scores its part, and all get
     the same result. stopping(), if given, is asked before each forward: None if it is true.
@@ -120,7 +121,8 @@ def evaluate(
     # Pad with -1: all forwards have one shape (compiled once), and all ranks make equally many (which FSDP needs)
     chosen = np.pad(chosen, (0, -len(chosen) % (world * batch)), constant_values=-1)[rank::world]
     n_bytes = np.array([len(b) for b in token_bytes])
-    nats, tokens, text_bytes = 0.0, 0, 0
+    names = list(samples.sources) if isinstance(samples, TokenData) else ["text"]
+    sums = torch.zeros(len(names), 3, dtype=torch.float64)  # nats, tokens, bytes
     training = model.training
     model.eval()
     for start in range(0, len(chosen), batch):
@@ -131,17 +133,27 @@ def evaluate(
         pairs = [inputs_and_targets(samples, max(i, 0)) for i in numbers]
         ids, targets = (np.stack(rows) for rows in zip(*pairs))
         targets[numbers < 0] = -1
-        counted = targets[targets >= 0]
+        counted = targets >= 0
+        tokens, text_bytes = counted.sum(1), (n_bytes[targets] * counted).sum(1)
         ids, targets = (torch.from_numpy(a).to(device) for a in (ids, targets))
         with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
-            nats += model(ids, targets, reduction="sum").item()
-        tokens += len(counted)
-        text_bytes += int(n_bytes[counted].sum())
+            nats = model(ids, targets, reduction="none").sum(1).tolist()
+        for i, *of_row in zip(numbers, nats, tokens, text_bytes):
+            source = samples.source_of(max(i, 0)) if len(names) > 1 else names[0]
+            sums[names.index(source)] += torch.tensor(of_row)
     model.train(training)
     if world > 1:
-        sums = torch.tensor([nats, tokens, text_bytes], dtype=torch.float64)
         torch.distributed.all_reduce(sums)
-        nats, tokens, text_bytes = sums.tolist()
+    parts = dict(zip(names, sums))
+    for language in dict.fromkeys(name.rpartition(" ")[2] for name in names):
+        of_language = [part for name, part in parts.items() if name.endswith(" " + language)]
+        if 1 < len(of_language) < len(names):
+            parts[language] = sum(of_language)
+    by = {name: scores(*part.tolist()) for name, part in parts.items() if len(names) > 1 and part[1]}
+    return {**scores(*sums.sum(0).tolist()), "by": by}
+
+
+def scores(nats, tokens, text_bytes):
     loss = nats / tokens if tokens else math.nan
     bpb = nats / math.log(2) / max(text_bytes, 1)
     return {"loss": loss, "perplexity": math.exp(loss), "bpb": bpb, "tokens": int(tokens)}
@@ -290,12 +302,13 @@ def main(argv=None):
             raise ValueError(f"{info.path}: none of the held-out samples has an answer to score: give --data or --text")
         if i == 0:
             print(f"{'checkpoint':<32}{'loss':>9}{'perplexity':>12}{'bpb':>9}{'tokens':>11}")
-        numbers = f"{result['loss']:>9.4f}{result['perplexity']:>12.2f}{result['bpb']:>9.4f}{result['tokens']:>11,}"
         leaky = ""
         if model.config.reads_ahead:
             honest = leak(model, some_of(samples, device))["honest"]
             leaky = f"  leaky: it reads what it predicts; honest {honest:.4f}"
-        print(f"{str(info.path):<32}{numbers}{leaky}")
+        for name, part in {str(info.path): result, **result["by"]}.items():
+            numbers = f"{part['loss']:>9.4f}{part['perplexity']:>12.2f}{part['bpb']:>9.4f}{part['tokens']:>11,}"
+            print(f"{name if part is result else '    ' + name:<32}{numbers}{leaky if part is result else ''}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from common import flops_per_token
 from model import Decoder, cross_entropy
 from optim import make_optimizers
+from order import places_of
 from parallel import shard_dim
 
 MICRO_BATCH, LR = 16, 6e-3  # found on a CPU, for the demo model
@@ -142,7 +143,8 @@ def gpu_bytes(ranks):
 
 
 def set_sizes(args, model, data, device, ranks):
-    """Set --micro-batch, --batch-tokens and --lr where no flag has. On a GPU those of a large model are its own:
+    """-> micro-batches of a step on each rank. Sets --micro-batch, --batch-tokens and --lr where no flag has, and
+    --steps from --epochs. On a GPU a large model has numbers of its own:
 
     micro-batch   the largest power of two whose step fits into 90 % of the memory
     batch-tokens  2^19, and fewer where an epoch would have less than 200 steps
@@ -175,6 +177,14 @@ def set_sizes(args, model, data, device, ranks):
         args.batch_tokens = one * max(1, round((tokens or one) / one))
     if args.lr is None:
         args.lr = peak_lr(args.optimizer, config.d_model, args.batch_tokens) if is_large else LR
+    n_micro, rest = divmod(args.batch_tokens, one)
+    if rest:
+        product = f"micro-batch x block x ranks = {args.micro_batch} x {T} x {ranks.world} = {one}"
+        raise ValueError(f"--batch-tokens {args.batch_tokens} is not a multiple of {product}")
+    if args.epochs:
+        samples = sum(places_of(data.samples(), args.mix).values())  # of a round, or of all data where shares are given
+        args.steps = math.ceil(args.epochs * samples * T / args.batch_tokens)
+    return n_micro
 
 
 def largest_micro_batch(config, args, budget, samples, world):

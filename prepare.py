@@ -33,7 +33,7 @@ from corpus.default import default_parts, fetch_qwen
 from corpus.examples import keep_dropped, print_changed, print_dropped
 from corpus.formats import file_parts, utf8_name
 from corpus.ledger import add_counts, count, print_ledger, refuse_malformed
-from corpus.pipelines import PIPELINES
+from corpus.pipelines import PIPELINES, language_of
 from corpus.reference import MAX_PERPLEXITY, NGram
 from corpus.rows import EXAM_FORMS
 from corpus.work import code_digest, digest_of, folder_lock, in_parallel, progress, read_work, write_work
@@ -270,44 +270,48 @@ def write_part(task, out, work, tokenizer, show):
 
 
 class ShardWriter:
-    """Collects the documents of one part and writes them to shards, by source and split. `shards`: manifest entries."""
+    """Collects the documents of one part and writes them to shards, by source, language and split.
+
+    shards: their entries in the manifest.
+    """
 
     def __init__(self, out, number, part, tokenizer):
         self.out, self.number, self.part, self.tokenizer = out, number, part, tokenizer
         self.shards = []
         self.pairs = set()  # sources whose documents are pairs of answers
-        # By (source, split)
+        # By (source, language, split)
         self.waiting = {}  # documents
         self.tokens = Counter()  # of them
-        self.written = Counter()  # shards so far
+        self.written = Counter()  # by (source, split): shards so far
 
     def add(self, source, split, document, hashes):
         """Tokenise a document; returns [characters, tokens], eos included."""
         ids, mask = document.encode(self.tokenizer)
         text = document.text
-        key = (source, split)
+        key = (source, language_of(document), split)
         if document.kind == "pair":
             self.pairs.add(source)
         self.waiting.setdefault(key, []).append((ids, mask, len(text.encode("utf-8")), hashes))
         self.tokens[key] += len(ids) + 1
         if self.tokens[key] >= SHARD_TOKENS:
-            self.flush(source, split)
+            self.flush(key)
         return [len(text), len(ids) + 1]
 
-    def flush(self, source, split):
-        """Write the waiting documents of a source and split as a shard."""
-        key = (source, split)
-        name = f"{source}-{self.number:05d}-{self.written[key]}-{split}"
+    def flush(self, key):
+        """Write the waiting documents of a source, language and split as a shard."""
+        source, language, split = key
+        name = f"{source}-{self.number:05d}-{self.written[source, split]}-{split}"
         shard = write_shard(self.out, name, self.waiting.pop(key), self.tokenizer)
         input_file = {"name": self.part.name, "sha256": self.part.sha256}
         kind = {"pairs": True} if source in self.pairs else {}
-        self.shards.append({"split": split, "source": source, **kind, **shard, "input": input_file})
-        self.written[key] += 1
+        of = {"split": split, "source": source, "language": language}
+        self.shards.append({**of, **kind, **shard, "input": input_file})
+        self.written[source, split] += 1
         self.tokens[key] = 0
 
     def close(self):
-        for source, split in list(self.waiting):
-            self.flush(source, split)
+        for key in list(self.waiting):
+            self.flush(key)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

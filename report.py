@@ -1,5 +1,6 @@
 """What a run says of itself: its configuration, a line now and then, scores on held-out text and samples."""
 
+import copy
 import math
 import platform
 import shlex
@@ -12,8 +13,10 @@ from common import flops_per_token, peak_flops
 from data import evenly_spaced, inputs_and_targets
 from dpo import score_pairs
 from eval import evaluate
+from order import next_phase, source_histories
 from sample import generate
 
+MAX_EPOCHS = 4  # of a source, above which it is named
 COUNTED_TARGETS = 1 << 16  # of the training data, to estimate the bytes of a token
 
 
@@ -30,7 +33,7 @@ def describe_machine(args, device, compiled, ranks):
     }
 
 
-def describe_run(args, model, data, n_micro, machine, ranks):
+def describe_run(args, model, data, n_micro, machine, state, ranks):
     """Print the resolved configuration, and what a step and an epoch break down to."""
     B, T, config = args.micro_batch, data.block_size, model.config
     for values in (asdict(config), vars(args)):
@@ -40,12 +43,35 @@ def describe_run(args, model, data, n_micro, machine, ranks):
     ranks.say(f"a step: {args.batch_tokens:,} tokens = {product}")
     steps = len(data) / (n_micro * B * ranks.world)
     ranks.say(f"an epoch: {len(data):,} samples = {len(data) * T:,} tokens = {steps:.1f} steps")
+    for line in describe_mix(args, state, n_micro * B * ranks.world, T):
+        ranks.say(line)
     if packed := data.packed():
         ranks.say(packed)
     if config.reads_ahead:
         ranks.say('warning: dispatch = "sequence" reads the tokens that it is to predict: its losses mean nothing')
     if machine["compile"]:
         ranks.say("compiling: the first step takes up to a minute")
+
+
+def describe_mix(args, state, step_samples, T):
+    """Lines: what a run serves of each source in all its phases, or a round of the mix where it ends with the time."""
+    phases = copy.deepcopy(state.phases)
+    samples = phases[-1]["samples"]
+    if args.steps:
+        phases[-1]["served"] += max(0, args.steps - state.step) * step_samples
+    else:
+        phases = next_phase([], samples, phases[-1]["places"])
+        phases[-1]["served"] = sum(phases[-1]["places"].values())
+    served = {source: sum(n for _, n in history) for source, history in source_histories(phases).items()}
+    epochs = {source: served.get(source, 0) / n for source, n in samples.items() if n}
+    total = max(1, sum(served.values()))
+    if len(samples) > 1:
+        yield f"{'the run' if args.steps else 'a round'} serves  {'tokens':>15}{'epochs':>8}{'share':>8}    of tokens"
+        for source, n in epochs.items():
+            own = served.get(source, 0)
+            yield f"    {source:<18}{own * T:>15,}{n:>8.2f}{own / total:>8.1%}{samples[source] * T:>13,}"
+    if often := [source for source, n in epochs.items() if n > MAX_EPOCHS]:
+        yield f"warning: {', '.join(often)}: above {MAX_EPOCHS} epochs repeats teach less and less (arXiv 2305.16264)"
 
 
 def bytes_per_token(data, tokenizer):
@@ -133,7 +159,9 @@ class Reporter:
         counted = f"{result['pairs']:,} pairs" if self.objective.NAMES else f"{result['tokens']:,} tokens"
         self.ranks.say(f"step {state.step:>5} | {self.scores(result, ' | ')} | {counted}")
         if self.log and state.evaluated < state.step:
-            self.log.add(step=state.step, **{f"val_{name}": result[name] for name in self.scored})
+            parts = {"": result} | {f"/{source}": part for source, part in result.get("by", {}).items()}
+            values = {f"val_{name}{of}": part[name] for of, part in parts.items() for name in self.scored}
+            self.log.add(step=state.step, **values)
         state.evaluated = state.step
         if self.ranks.rank == 0 and not self.args.shard:  # a sharded model runs on all ranks or on none
             self.sample(val, state.step)

@@ -38,11 +38,12 @@ from checkpoint import (
     step_folders,
 )
 from common import can_compile, choose_device, keep_large_buffers
-from data import TokenData, batches, read_manifest, unserved
+from data import TokenData, batches, read_manifest
 from dpo import Preference, add_reference, load_reference, weights_hash
 from eval import MAX_TOKENS
 from model import CHOICES, PRESETS, Config, Decoder, softmax_gradient
 from optim import load_optimizers, lr_factor, make_optimizers, scale_and_clip, update
+from order import unserved
 from parallel import Stop, apply_fsdp, exact_sums, run_rank, start_ranks, sum_over_ranks, summing_gradients
 from plan import print_plan, set_sizes
 from prepare import prepare
@@ -74,6 +75,12 @@ def get_args(argv=None, **defaults):
     add("--init-from", metavar="PATH", help="start from these weights: a checkpoint, a run, or a Hugging Face folder")
     add("--recipe", choices=RECIPES, help="defaults of fine-tuning on chats, or of preferences on pairs of answers")
     add("--seed", type=int, default=0, help="of the initialisation and of the order of the data")
+    # What of it
+    mix = parser.add_mutually_exclusive_group()
+    mix.add_argument("--mix", metavar="web=2,en=0.5", help="epochs of sources or languages in a round; of others 1")
+    mix.add_argument(
+        "--mix-share", metavar="zh=0.8,en=0.2", help="instead: their parts of the run; others are left out"
+    )
     # How long, how much at a time
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="length of the run and of its schedule")
@@ -178,6 +185,8 @@ def open_run(args, argv, ranks):
     flags = saved["args"]
     if args.steps or args.minutes or args.epochs:  # a new length replaces the old one
         flags = flags | {"steps": None, "minutes": None, "epochs": None}
+    if args.mix is not None or args.mix_share is not None:  # and so does a new mix
+        flags = flags | {"mix": None, "mix_share": None}
     args = get_args(argv, **flags)
     for name in ("seed", "optimizer", "preset", "init_from", "pack", "recipe"):
         if (getattr(args, name) or None) != ((was := flags.get(name)) or None):
@@ -268,20 +277,6 @@ def open_data(args, block_size, saved, ranks):
     return train, val
 
 
-def count_micro_batches(args, model, data, device, ranks):
-    """Micro-batches of a step on each rank. Sets the sizes that no flag has set, and args.steps for --epochs."""
-    set_sizes(args, model, data, device, ranks)
-    block_size = data.block_size
-    one = args.micro_batch * block_size * ranks.world
-    n_micro, rest = divmod(args.batch_tokens, one)
-    if rest:
-        product = f"micro-batch x block x ranks = {args.micro_batch} x {block_size} x {ranks.world} = {one}"
-        raise ValueError(f"--batch-tokens {args.batch_tokens} is not a multiple of {product}")
-    if args.epochs:
-        args.steps = math.ceil(args.epochs * len(data) * block_size / args.batch_tokens)
-    return n_micro
-
-
 def move_to_device(model, args, device, compiled, ranks):
     """Move the model to its device, compiled and sharded (FSDP2) as the flags say."""
     keep_large_buffers()
@@ -337,9 +332,9 @@ def check_resume(args, data, machine, checkpoint, saved, ranks):
     ranks.say(f"continues from {checkpoint}")
     if ranks.rank == 0:
         set_aside_newer(checkpoint)
-    if new := len(data) - saved["phases"][-1][0]:
-        left = unserved(saved["phases"])
-        ranks.say(f"{new:,} new samples, mixed with the {left:,} that this epoch has not served yet")
+    if new := len(data) - sum(saved["phases"][-1]["samples"].values()):
+        left = sum(unserved(saved["phases"]).values())
+        ranks.say(f"{new:,} new samples, mixed with the {left:,} that this round has not served yet")
 
 
 def dry_run(args):
@@ -426,7 +421,7 @@ def main(argv=None):
     model = make_model(args, tokenizer, checkpoint, saved)
     objective = Preference(args.beta, args.label_smoothing, args.sft_weight) if args.recipe == "dpo" else Likelihood()
     data, val = open_data(args, model.config.block_size, saved, ranks)
-    n_micro = count_micro_batches(args, model, data, device, ranks)
+    n_micro = set_sizes(args, model, data, device, ranks)
     compiled = can_compile(device) if args.compile is None else args.compile
     machine = describe_machine(args, device, compiled, ranks)
     if checkpoint:
@@ -445,7 +440,7 @@ def main(argv=None):
     saver = Saver(args, tokenizer, log, ranks, constants={**constants, "machine": machine})
     saver.last = state.step if checkpoint else None
     stop = Stop(args.out, compiled, ranks)
-    describe_run(args, model, data, n_micro, machine, ranks)
+    describe_run(args, model, data, n_micro, machine, state, ranks)
     reporter = Reporter(args, model, objective, data, tokenizer, log, ranks, state)
 
     first_step, clock = state.step + 1, time.perf_counter()

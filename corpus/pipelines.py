@@ -115,9 +115,12 @@ def pipeline_of(document, choice="auto"):
     """The name of the pipeline for a document: `choice`, but "auto" goes by the document, and a chat is not prose."""
     if isinstance(document.content, list) and choice in ("auto", "zh", "en"):
         return "chat"
-    if choice == "auto":
-        return "code" if document.kind == "code" else language(document.text)
-    return choice
+    return language_of(document) if choice == "auto" else choice
+
+
+def language_of(document):
+    """code, zh or en."""
+    return "code" if document.kind == "code" else language(document.text)
 
 
 def language(text):

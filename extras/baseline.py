@@ -25,6 +25,7 @@ from common import run_command
 from data import TokenData, batch_at, evenly_spaced
 from eval import MAX_TOKENS, evaluate
 from model import PRESETS
+from order import next_phase
 from tokenizer import load_tokenizer
 
 N_LAYER, N_HEAD, D_MODEL, BLOCK, BATCH = 4, 4, 128, 64, 12
@@ -118,6 +119,7 @@ def main(argv=None):
         raise ValueError(f"{args.out} has a metrics.jsonl: choose another --out")
     tokenizer = load_tokenizer(args.data)
     data = TokenData(args.data, "train", BLOCK)
+    phases = next_phase([], data.samples(), data.samples())
     log = Log(args.out)
     torch.manual_seed(args.seed)
     model = Baseline(tokenizer.embedding_rows)
@@ -135,7 +137,7 @@ def main(argv=None):
 
     while (progress := seconds / (60 * args.minutes)) < 1:
         start = time.perf_counter()
-        ids, targets = batch_at(data, [[len(data), 0]], args.seed, step * BATCH, BATCH)
+        ids, targets = batch_at(data, phases, args.seed, step * BATCH, BATCH)
         loss = model(ids, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)

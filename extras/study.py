@@ -182,7 +182,7 @@ def run_one(name, seed, args):
         "loss": lines[-1]["val_loss"],
         "bpb": lines[-1]["val_bpb"],
         "parameters": model.n_params(),
-        "trained": sum(served for _, served in state["phases"]) * model.config.block_size,
+        "trained": sum(phase["served"] for phase in state["phases"]) * model.config.block_size,
         "state": decode_state(model),
         "speed": statistics.median(line["tokens_per_second"] for line in lines if "loss" in line),
     }

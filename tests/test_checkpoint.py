@@ -187,7 +187,7 @@ def test_what_is_saved_is_what_was_there_when_save_was_called(tmp_path):
     args = SimpleNamespace(out=str(tmp_path), keep=1, keep_every=0)
     saver = Saver(args, tokenizer, Log(tmp_path), Ranks(), constants={"chat": False})
     before = model.embedding.detach().clone()
-    saver.save(model, [], State.create("cpu", [[10, 0]], step=3))
+    saver.save(model, [], State.create("cpu", [{"served": 0}], step=3))
     with torch.no_grad():
         model.embedding.zero_()
     assert saver.wait() and saver.last == 3
@@ -227,7 +227,7 @@ def test_a_full_disk_in_a_save_leaves_the_checkpoints_before_it(whole_run, tmp_p
 
 @pytest.mark.quick
 def test_a_state_that_was_read_and_created_again_judges_alike():
-    state = State.create("cpu", [[10, 0]])
+    state = State.create("cpu", [{"served": 0}])
     draw = torch.Generator().manual_seed(1)
     for step in range(80):
         loss = 5 + 0.1 * torch.randn((), generator=draw)
@@ -244,7 +244,7 @@ def test_a_state_that_was_read_and_created_again_judges_alike():
 
 @pytest.mark.quick
 def test_five_bad_steps_in_a_row_are_noticed_at_the_next_check():
-    state = State.create("cpu", [[10, 0]])
+    state = State.create("cpu", [{"served": 0}])
     saver = SimpleNamespace(run=Path("none"), wait=lambda: True)
     for losses, ends in (([math.nan] * 4, False), ([5.0], False), ([math.nan] * 5 + [5.0], True)):
         for loss in losses:
@@ -258,7 +258,7 @@ def test_five_bad_steps_in_a_row_are_noticed_at_the_next_check():
 
 @pytest.mark.quick
 def test_progress_by_steps_or_by_time():
-    state = State.create("cpu", [[10, 3], [20, 4]], step=50, seconds=90.0)
+    state = State.create("cpu", [{"served": 3}, {"served": 4}], step=50, seconds=90.0)
     assert state.progress(SimpleNamespace(steps=200, minutes=None)) == 0.25
     assert state.progress(SimpleNamespace(steps=None, minutes=3.0)) == 0.5
     assert state.progress(SimpleNamespace(steps=40, minutes=None)) == 1

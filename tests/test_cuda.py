@@ -13,6 +13,7 @@ from data import TokenData, batches
 from dpo import Preference
 from model import PRESETS, Config, Decoder, cross_entropy, softmax_gradient
 from optim import make_optimizers, scale_and_clip, update
+from order import next_phase
 from parallel import Ranks
 from plan import StepMemory, gpu_bytes
 from train import Likelihood, get_args, gradients, move_to_device
@@ -151,7 +152,7 @@ def test_no_step_waits_for_the_gpu(small_data, optimizer):
     move_to_device(model, args, "cuda", True, Ranks())
     optimizers = make_optimizers(model, optimizer, 1e-3, 0.1)
     data = TokenData(small_data, "train", 128)
-    state = State.create("cuda", [[len(data), 0]])
+    state = State.create("cuda", next_phase([], data.samples(), data.samples()))
     steps = batches(data, state.phases, 0, Ranks(), 2, 4, "cuda")
     try:
         for step in range(4):

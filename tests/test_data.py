@@ -1,13 +1,10 @@
 """The shard format, its reader, and the order in which training serves samples."""
 
 import errno
-import itertools
 import json
 import os
-import random
 import subprocess
 import sys
-from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,18 +13,12 @@ from conftest import ROOT
 
 from data import (
     TokenData,
-    batch_at,
-    batches,
-    data_order,
     evenly_spaced,
     inputs_and_targets,
     read_manifest,
-    sample_at,
     shard_is_whole,
-    unserved,
     write_shard,
 )
-from parallel import Ranks
 
 pytestmark = pytest.mark.quick
 
@@ -45,7 +36,9 @@ def write_folder(folder, vocab_size=1000):
     folder.mkdir()
     shards = []
     for name, documents, split in (("a", TEXT, "train"), ("b", CHAT, "train"), ("c", TEXT[:1], "val")):
-        shards.append(write_shard(folder, name, documents, tokenizer) | {"split": split})
+        shards.append(
+            write_shard(folder, name, documents, tokenizer) | {"split": split, "source": name, "language": "zh"}
+        )
     write_manifest(folder, {"tokenizer": {"file": "x"}, "shards": shards, "parts": [], "inputs": [], "ledger": {}})
     return folder
 
@@ -155,7 +148,7 @@ def test_more_shards_than_files_may_be_open_are_served(tmp_path):
         shard = write_shard(tmp_path, f"s{k}", [(ids, None, 9, np.zeros(4, dtype=np.uint64))], tokenizer)
         array = np.load(tmp_path / f"s{k}.tokens.npy")
         np.save(tmp_path / f"s{k}.tokens.npy", np.append(ids, 16 * k + 16).astype(array.dtype))
-        shards.append({"split": "train", "source": "s", **shard})
+        shards.append({"split": "train", "source": "s", "language": "zh", **shard})
     manifest = {"tokenizer": {"file": "t"}, "parts": 1, "inputs": [], "ledger": {}, "shards": shards}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     result = subprocess.run([sys.executable, "-c", SERVE, tmp_path], cwd=ROOT, capture_output=True, text=True)
@@ -222,74 +215,3 @@ def test_a_block_beyond_the_data_is_refused_with_the_numbers(folder):
     assert len(TokenData(folder, "val", 50)) == 1
     with pytest.raises(ValueError, match="a block of 51 needs 52 tokens, the longest val shard has 51"):
         TokenData(folder, "val", 51)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Order
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 1000, 4097, 65_536])
-def test_data_order_is_a_bijection(n):
-    order = data_order(np.arange(n), n, seed=3)
-    assert np.array_equal(np.sort(order), np.arange(n))
-    assert [data_order(i, n, 3) for i in range(min(n, 20))] == order[:20].tolist()
-    if n >= 1000:
-        assert not np.array_equal(order, data_order(np.arange(n), n, seed=4))
-        # As scattered as a random permutation: neighbours are n / 3 apart on average (standard error 0.24 n / sqrt(n)).
-        assert abs(np.abs(np.diff(order)).mean() / n - 1 / 3) < 5 * 0.24 / n**0.5
-
-
-def test_data_order_at_sizes_whose_permutation_could_not_be_stored():
-    n = 10**15 + 37
-    order = data_order(np.arange(100_000), n, seed=0)
-    assert order.min() >= 0 and order.max() < n and len(set(order.tolist())) == 100_000
-    with pytest.raises(ValueError, match="outside"):
-        data_order(5, 5, 0)
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_an_epoch_serves_every_sample_once_at_any_world_size(world):
-    samples = [np.full(3, i) for i in range(100)]
-    batch, per_rank = 12, 12 // world
-    served = []
-    for step, rank in itertools.product(range(25), range(world)):
-        ids, targets = batch_at(samples, [[100, 0]], 7, step * batch + rank * per_rank, per_rank)
-        assert ids.shape == targets.shape == (per_rank, 2)
-        served += ids[:, 0].tolist()
-    for epoch in range(3):
-        assert Counter(served[epoch * 100 : epoch * 100 + 100]) == Counter(range(100))
-    assert served[:100] != served[100:200]  # epochs differ
-    ids, _ = batch_at(samples, [[100, 0]], 7, 0, 300)  # and steps are the same at any world size
-    assert served == ids[:, 0].tolist()
-
-
-@pytest.mark.parametrize("world, n_micro, micro_batch", [(1, 6, 2), (2, 3, 2), (3, 1, 4)])
-def test_the_loader_gives_each_rank_its_part_of_each_step(world, n_micro, micro_batch):
-    samples, phases = [np.arange(i, i + 4) for i in range(50)], [[50, 24]]
-    loaders = [batches(samples, phases, 7, Ranks(rank, world), n_micro, micro_batch) for rank in range(world)]
-    for step in range(5):
-        parts = [part for loader in loaders for part in next(loader)]
-        assert len(parts) == world * n_micro and all(ids.shape == (micro_batch, 3) for ids, _ in parts)
-        expected = batch_at(samples, phases, 7, 24 + 12 * step, 12)  # 24 are served already
-        for got, whole in zip(zip(*parts), expected):
-            assert np.array_equal(np.concatenate(got), whole)
-
-
-def test_samples_added_during_an_epoch_and_the_rest_of_it_are_served_once():
-    rng = random.Random(0)
-    for _ in range(200):
-        phases, served, size = [], [], 0
-        for _ in range(rng.randrange(1, 5)):  # the data grow up to three times, at any moment
-            size += rng.randrange(1, 40)
-            phases.append((size, 0))
-            count = rng.randrange(0, 100)
-            served.append([sample_at(i, phases, "seed") for i in range(count)])
-            phases[-1] = (size, count)
-        # What must come, kept slowly: a list that each epoch empties.
-        rest, before = [], 0
-        for (n, _), numbers in zip(phases, served):
-            rest, before = rest + list(range(before, n)), n
-            for number in numbers:
-                rest = rest or list(range(n))
-                rest.remove(number)  # an error if it is served twice in an epoch
-        assert unserved(phases) == len(rest)

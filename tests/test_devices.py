@@ -49,7 +49,7 @@ def test_no_tensor_of_a_step_is_elsewhere_and_nothing_waits(layer, recompute, ob
         for block in model.blocks:
             block.recompute = recompute
         optimizers = make_optimizers(model, optimizer, 1e-3, 0.1)
-        state = State.create("cuda", [[100, 0]])
+        state = State.create("cuda", [{"served": 0}])
         for _ in range(2):
             sums = OBJECTIVES[objective](model, *micro_batch(objective)).detach()
             for p in model.parameters():

@@ -1,6 +1,7 @@
 """Evaluation: loss and bits per byte against a direct computation, the leak, the command."""
 
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from conftest import ROOT, TINY, call, refused
 from test_model import CAUSAL_KINDS, small
 
+from data import TokenData
 from eval import TASKS, data_of, evaluate, leak, text_samples
 from extras import benchmarks
 from extras.noise import noise_loss
@@ -93,11 +95,31 @@ def test_only_the_sequence_layer_predicts_noise(dispatch, leaks):
         assert math.log(6) - 0.005 < loss < math.log(6) + 0.05
 
 
+@torch.no_grad()
+def test_each_source_and_language_is_scored_as_by_itself(small_data, tmp_path):
+    (tmp_path / "c.txt").write_text((ROOT / "README.md").read_text(encoding="utf-8") * 3, encoding="utf-8")
+    shutil.copytree(small_data, tmp_path / "data")
+    call("prepare.py", tmp_path / "c.txt", "--out", tmp_path / "data", "--pipeline", "none")
+    tokenizer, samples = load_tokenizer(small_data), TokenData(tmp_path / "data", "train", 16)
+    model = small(torch.float32, vocab_size=tokenizer.vocab_size)
+    result = evaluate(model, samples, tokenizer.token_bytes)
+    rows = {name: [] for name in ("a zh", "b zh", "c en")}
+    for i, row in enumerate(samples[i] for i in range(len(samples))):
+        rows[samples.source_of(i)].append(row)
+    assert list(result["by"]) == [*rows, "zh"]
+    for name, of_source in rows.items():
+        expected = evaluate(model, of_source, tokenizer.token_bytes)
+        assert result["by"][name] == pytest.approx({key: expected[key] for key in result["by"][name]}, rel=1e-5)
+    expected = evaluate(model, [*rows["a zh"], *rows["b zh"]], tokenizer.token_bytes)
+    assert result["by"]["zh"]["bpb"] == pytest.approx(expected["bpb"], rel=1e-5)
+
+
 def test_the_command(small_data, tmp_path):
     flags = (*TINY, "--steps", 2, "--save-every", 1)
     trained = call("train.py", "--data", small_data, "--out", tmp_path / "run", *flags)
     result = call("eval.py", tmp_path / "run", tmp_path / "run" / "step-00000001").stdout.splitlines()
-    newest, older = result[1].split(), result[2].split()
+    newest, older = result[1].split(), result[4].split()
+    assert [line.split()[0] for line in result[2:4]] == ["a", "b"]  # the sources of the held-out text
     assert newest[0].endswith("step-00000002") and older[0].endswith("step-00000001")
     assert f"val loss {newest[1]}, val bpb {newest[3]}," in trained.stdout  # one function, one number
     (tmp_path / "my.txt").write_text("话说天下大势，分久必合。", encoding="utf-8")

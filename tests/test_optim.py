@@ -10,9 +10,10 @@ from conftest import log_lines, losses, refused, state_of, train, weights
 
 import data as data_module
 from checkpoint import State
-from data import TokenData, sample_at
+from data import TokenData
 from model import Config, Decoder
 from optim import Muon, is_bad, lr_factor, make_optimizers, orthogonalize, scale_and_clip, update
+from order import next_phase, samples_at
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Muon and its groups
@@ -244,7 +245,8 @@ def test_nothing_is_saved_between_bad_steps(small_data, tmp_path, break_steps):
 
 def test_a_run_goes_on_over_a_step_without_targets(small_data, tmp_path, monkeypatch):
     data = TokenData(small_data, "train", 32)
-    empty = {sample_at(i, [[len(data), 0]], 0) for i in range(16, 24)}  # the third step's samples
+    phases = next_phase([], data.samples(), data.samples())
+    empty = {data.number(*sample) for sample in samples_at(16, 8, phases, 0)}  # the third step's samples
     inputs_and_targets = data_module.inputs_and_targets
 
     def without_targets(samples, i):

@@ -31,8 +31,9 @@ from conftest import (
 import train as train_module
 from checkpoint import checkpoint_problem, load
 from corpus.default import fetch, read_novel
-from data import TokenData, batch_at, sample_at, unserved
+from data import TokenData, batch_at
 from model import Config, Decoder
+from order import next_phase, samples_at, unserved
 from tokenizer import load_tokenizer
 from train import get_args
 
@@ -46,7 +47,7 @@ def chapters():
 
 def first_loss(model, data, n, seed=0):
     """The loss of a model on the first n samples of a run."""
-    return model(*batch_at(data, [[len(data), 0]], seed, 0, n)).item()
+    return model(*batch_at(data, next_phase([], data.samples(), data.samples()), seed, 0, n)).item()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -98,7 +99,7 @@ def test_every_answer_counts_alike_in_micro_batches_of_any_size(small_data, chap
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "8"), abs=1e-5)
     model, _, info = load(tmp_path / "8")
     data = TokenData(tmp_path / "chat", "train", 32)
-    _, targets = batch_at(data, [[len(data), 0]], 0, 0, 8)
+    _, targets = batch_at(data, next_phase([], data.samples(), data.samples()), 0, 0, 8)
     assert info.chat and len(set((targets >= 0).sum(1).tolist())) > 2
     torch.manual_seed(0)
     assert losses(tmp_path / "8")[0] == pytest.approx(first_loss(Decoder(model.config), data, 8), abs=1e-5)
@@ -147,7 +148,7 @@ def test_a_run_that_is_killed_again_and_again_loses_nothing(small_data, tmp_path
     kills, rng = request.config.getoption("--kills"), random.Random(world)
     steps = 6 * kills + 4
     flags = ["--data", small_data, *TINY, "--steps", steps]
-    flags += ["--save-every", 2, "--eval-every", 2, "--eval-tokens", 10_000]
+    flags += ["--save-every", 2, "--eval-every", 2, "--eval-tokens", 10_000, "--mix", "a=2,b=0.5"]
     finish(start(world, "train.py", "--out", tmp_path / "whole", *flags))
     run, ended = tmp_path / "run", 0
     for kill in range(kills):
@@ -332,7 +333,8 @@ def test_epochs_are_a_length_that_follows_the_data(small_data, tmp_path):
     assert state_of(run, steps)["args"] | {"steps": None, "epochs": 1.0} == state_of(run, steps)["args"]
     more = -(-samples * 3 // 512)
     assert f"done: step {more}, " in call("train.py", "--resume", "--out", run, "--epochs", 1.5).stdout
-    assert state_of(run, more)["phases"] == [[samples, more * 256]]
+    (phase,) = state_of(run, more)["phases"]
+    assert (sum(phase["samples"].values()), phase["served"]) == (samples, more * 256)
     result = call("train.py", "--resume", "--out", run, "--steps", more + 1)
     assert f"done: step {more + 1}, " in result.stdout and state_of(run, more + 1)["args"]["epochs"] is None
 
@@ -407,16 +409,16 @@ def test_text_added_while_a_run_is_stopped_is_trained_on_by_the_same_run(small_d
         call("prepare.py", tmp_path / f"more{i}.txt", "--out", data_path, "--workers", 1)
         output = finish(start(i + 1, "train.py", "--resume", "--out", run, "--steps", steps))
         state, data = state_of(run, steps), TokenData(data_path, "train", 32)
-        assert state["phases"][-1][0] == len(data)
+        assert state["phases"][-1]["samples"] == data.samples()
         # Losses on the new text need not look like those on the old: they are not compared.
         assert len(state["recent"]) == steps - (8 if i else 5)
-        assert f"{len(data) - state['phases'][i][0]:,} new samples, mixed with the " in output
+        assert f"{len(data) - sum(state['phases'][i]['samples'].values()):,} new samples, mixed with the " in output
     phases = state["phases"]
-    assert [served for _, served in phases] == [40, 24, 32]
-    assert f"an epoch: {phases[0][0]:,} samples" in first.stdout
-    served = [sample_at(i, phases[: k + 1], 0) for k in range(2) for i in range(phases[k][1])]
-    served += [sample_at(i, phases, 0) for i in range(len(data) - len(served))]
-    assert sorted(served) == list(range(len(data))) and unserved(phases) == len(data) - 96
+    assert [phase["served"] for phase in phases] == [40, 24, 32]
+    assert f"an epoch: {sum(phases[0]['samples'].values()):,} samples" in first.stdout
+    counts = 40, 24, len(data) - 64
+    served = [data.number(*sample) for k in range(3) for sample in samples_at(0, counts[k], phases[: k + 1], 0)]
+    assert sorted(served) == list(range(len(data))) and sum(unserved(phases).values()) == len(data) - 96
 
 
 def test_a_run_starts_from_the_weights_of_another(whole_run, small_data, chapters, tmp_path):
@@ -452,7 +454,7 @@ def test_a_run_starts_from_a_hugging_face_folder(small_data, tmp_path):
     flags += ["--block-size", 32, "--batch-tokens", 512, "--no-compile", "--log-every", 1]
     call("train.py", *flags, "--steps", 1)
     data = TokenData(small_data, "train", 32)
-    ids, targets = batch_at(data, [[len(data), 0]], 0, 0, 16)
+    ids, targets = batch_at(data, next_phase([], data.samples(), data.samples()), 0, 0, 16)
     logits = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen2")(ids).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
     assert losses(run)[0] == pytest.approx(expected, abs=1e-5)
