@@ -97,7 +97,7 @@ class Place(NamedTuple):
     """Where the tokens of one forward pass stand. Positions count from the first token that may be read."""
 
     angles: torch.Tensor  # [B or 1, T, 2, 1, K]: cos and sin of the rotary angles
-    mask: torch.Tensor | BlockMask | None  # [B or 1, 1, T, length + T]: where attention may look; None: plainly causal
+    mask: torch.Tensor | BlockMask | None  # where attention may look, [B or 1, 1, T, length + T]; None: all before
     absent: torch.Tensor | None  # [W, B or 1, T, 1]: true for places of a window before that token; None: no window
 
 
@@ -419,7 +419,7 @@ class Block(nn.Module):
         self.ffn = (Dense if config.ffn == "dense" else SequenceSoftMoE if config.reads_ahead else SoftMoE)(config)
 
     def forward(self, x, place, cache, layer):
-        if self.recompute and cache is None and torch.is_grad_enabled():  # without layer: one code for all blocks
+        if self.recompute and cache is None and torch.is_grad_enabled():  # not its number: one code for all
             return recompute(self.run, x, place, use_reentrant=False, preserve_rng_state=False)
         return self.run(x, place, cache, layer)
 
@@ -437,7 +437,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
         if not config.tie_embeddings:
             self.head = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
-        self.softmax_gradient, self.uses_flex = softmax_gradient, False  # train.py may compile one, and set the other
+        self.softmax_gradient, self.uses_flex = softmax_gradient, False  # train.py compiles one, sets the other
         self.init_weights()
 
     @torch.no_grad()

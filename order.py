@@ -16,7 +16,6 @@ A phase is what a run serves while neither its data nor its mix change:
     served     how many samples the phase has served
 """
 
-import functools
 import hashlib
 import math
 from fractions import Fraction
@@ -188,34 +187,30 @@ def parse_mix(flag, text, samples):
 
 
 def places_of(samples, mix=None, shares=None):
-    """The places of a round, {source: int}.
-
-    mix: how many epochs of named sources a round has, of all others one. shares: parts of the samples of a run, which
-    add up to 1; sources that none has named get none.
-    """
-    exact = dict.fromkeys(samples, 1) if not shares else dict.fromkeys(samples, 0)
-    if mix:
-        for value, sources in parse_mix("--mix", mix, samples):
-            exact |= dict.fromkeys(sources, value)
-    exact = {source: value * samples[source] for source, value in exact.items()}
-    if not shares:
-        places = {source: max(1, round(value)) if value else 0 for source, value in exact.items()}
-    else:
-        named = parse_mix("--mix-share", shares, samples)
-        if (total := sum(value for value, _ in named)) != 1:
-            raise ValueError(f"--mix-share {shares}: the shares add up to {float(total):g}, expected 1")
-        for value, sources in named:
-            n = sum(samples[source] for source in sources)
-            if value and not n:
-                raise ValueError(
-                    f"--mix-share {shares}: no sample of {' and '.join(sources)} is long enough to be served"
-                )
-            exact |= {source: value * samples[source] / max(n, 1) for source in sources}
-        exact = {source: Fraction(value) for source, value in exact.items()}
-        common = functools.reduce(math.lcm, (value.denominator for value in exact.values()))
-        places = {source: int(value * common) for source, value in exact.items()}
-        divisor = math.gcd(*places.values())
-        places = {source: own // divisor for source, own in places.items()}
+    """The places of a round, {source: int}: by --mix how many epochs of named sources, and one of all others; or by
+    --mix-share."""
+    if shares:
+        return places_by_share(samples, shares)
+    epochs = dict.fromkeys(samples, 1)
+    for value, sources in parse_mix("--mix", mix, samples) if mix else []:
+        epochs |= dict.fromkeys(sources, value)
+    exact = {source: epochs[source] * n for source, n in samples.items()}
+    places = {source: max(1, round(value)) if value else 0 for source, value in exact.items()}
     if not any(places.values()):
         raise ValueError(f"--mix {mix}: nothing is left to train on")
     return places
+
+
+def places_by_share(samples, shares):
+    """Named sources have their shares of the places, which add up to 1; others have none. In smallest whole numbers."""
+    named, exact = parse_mix("--mix-share", shares, samples), dict.fromkeys(samples, Fraction(0))
+    if (total := sum(value for value, _ in named)) != 1:
+        raise ValueError(f"--mix-share {shares}: the shares add up to {float(total):g}, expected 1")
+    for value, sources in named:
+        n = sum(samples[source] for source in sources)
+        if value and not n:
+            raise ValueError(f"--mix-share {shares}: {' and '.join(sources)} has no sample: leave it out")
+        exact |= {source: value * samples[source] / max(n, 1) for source in sources}
+    common = math.lcm(*(value.denominator for value in exact.values()))
+    places = [int(value * common) for value in exact.values()]
+    return {source: own // math.gcd(*places) for source, own in zip(exact, places)}

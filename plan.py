@@ -6,6 +6,7 @@ torch's fake tensors have shapes and no numbers: no data is read, no memory allo
 
 import math
 import weakref
+from dataclasses import replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,7 +22,7 @@ from parallel import shard_dim
 MICRO_BATCH, LR = 16, 6e-3  # found on a CPU, for the demo model
 LARGE = 50_000_000  # parameters, from which on a GPU chooses its own
 BATCH_TOKENS = 1 << 19  # of a step of a large model
-EPOCH_STEPS = 200  # that an epoch has at least: less text, smaller steps
+EPOCH_STEPS = 200  # an epoch has at least so many steps: with less text they are smaller
 FULL = 0.9  # share of a GPU's memory to plan for
 MFU, TERAFLOPS = 0.4, 312  # an A100's bf16 peak, and the share of it that training reaches
 CUDA_CHUNK = 8192  # tokens of the loss at a time, as cross_entropy() chooses on CUDA
@@ -90,12 +91,12 @@ def largest_fsdp_shard(p, world):
 class StepMemory:
     """What a step with micro-batches of `micro_batch` samples needs on a GPU, eager, in bytes.
 
-    args: train.py's flags recompute and optimizer.
+    args: train.py's flags recompute and optimizer. Compiled it is less, by up to a third.
     """
 
     def __init__(self, config, micro_batch, args):
         with FakeTensorMode():
-            model = Decoder(config)
+            model = Decoder(replace(config, reset_id=-1))  # compiled, documents kept apart need no large mask
             self.activations = activation_bytes(model, micro_batch, args.recompute)
             self.per_number = state_bytes(model, args.optimizer)
         blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
@@ -144,57 +145,71 @@ def gpu_bytes(ranks):
 
 def set_sizes(args, model, data, device, ranks):
     """-> micro-batches of a step on each rank. Sets --micro-batch, --batch-tokens and --lr where no flag has, and
-    --steps from --epochs. On a GPU a large model has numbers of its own:
+    --steps from --epochs. A large model on a GPU gets
 
     micro-batch   the largest power of two whose step fits into 90 % of the memory
-    batch-tokens  2^19, and fewer where an epoch would have less than 200 steps
+    batch-tokens  2^19, about; fewer where an epoch would have less than 200 steps
     lr            6e-3 sqrt(128 / d_model), times sqrt(tokens / 2^19) for smaller steps (arXiv 1404.5997, section 5);
                   for AdamW a quarter of it, which at width 768 is the usual 6e-4
     """
     config, T, epoch = model.config, data.block_size, len(data) * data.block_size
-    is_large = device == "cuda" and model.n_params() >= LARGE
-    tokens = args.batch_tokens
+    is_large, row = device == "cuda" and model.n_params() >= LARGE, T * ranks.world  # row: one sample on each rank
+    tokens = args.batch_tokens  # wanted
     if args.batch_documents and not tokens:
         tokens = args.batch_documents / data.documents * epoch
     elif is_large and not tokens:
         tokens = BATCH_TOKENS
-        while tokens > max(T, epoch / EPOCH_STEPS):
+        while tokens > epoch / EPOCH_STEPS and tokens // 2 >= (args.micro_batch or 1) * row:
             tokens //= 2
-        if tokens < BATCH_TOKENS:
-            ranks.say(f"warning: the data have only {epoch:,} tokens: a step takes {tokens:,}, not {BATCH_TOKENS:,}")
-
     if args.micro_batch is None and is_large:
         budget = FULL * ranks.from_rank_0(gpu_bytes(ranks))
-        samples = max(1, int(tokens) // (T * ranks.world))  # of a step, on each GPU
-        if not args.batch_tokens:
-            samples = 1 << samples.bit_length() - 1
-        args.micro_batch, planned = largest_micro_batch(config, args, budget, samples, ranks.world)
-        ranks.say(f"micro-batch {args.micro_batch}: the plan is {planned / 1e9:.1f} GB, {budget / 1e9:.1f} can be used")
+        args.micro_batch, planned = largest_micro_batch(config, args, budget, tokens / row, ranks.world)
+        small = "" if planned <= budget else ": try --recompute, or --shard on several GPUs"
+        plan = f"the plan is {planned / 1e9:.1f} GB, {budget / 1e9:.1f} can be used{small}"
+        ranks.say(f"micro-batch {args.micro_batch}: {plan}")
     args.micro_batch = args.micro_batch or MICRO_BATCH
-
-    one = args.micro_batch * T * ranks.world
     if not args.batch_tokens:
-        args.batch_tokens = one * max(1, round((tokens or one) / one))
+        args.batch_tokens = nearest_step(args.micro_batch, (tokens or 1) / row) * row
+        if is_large and not args.batch_documents and 2 * args.batch_tokens <= BATCH_TOKENS:
+            few = f"the data have only {epoch:,} tokens"
+            ranks.say(f"warning: {few}: a step takes {args.batch_tokens:,}, not {BATCH_TOKENS:,}")
     if args.lr is None:
         args.lr = peak_lr(args.optimizer, config.d_model, args.batch_tokens) if is_large else LR
-    n_micro, rest = divmod(args.batch_tokens, one)
-    if rest:
-        product = f"micro-batch x block x ranks = {args.micro_batch} x {T} x {ranks.world} = {one}"
-        raise ValueError(f"--batch-tokens {args.batch_tokens} is not a multiple of {product}")
     if args.epochs:
         samples = sum(places_of(data.samples(), args.mix).values())  # of a round, or of all data where shares are given
         args.steps = math.ceil(args.epochs * samples * T / args.batch_tokens)
+    return count_micro_batches(args, T, ranks.world)
+
+
+def count_micro_batches(args, T, world):
+    """Micro-batches of a step on each rank. ValueError if they are no whole number."""
+    B = args.micro_batch
+    n_micro, rest = divmod(args.batch_tokens, B * T * world)
+    if rest:
+        divides = next((size for size in range(B - 1, 0, -1) if args.batch_tokens % (size * T * world) == 0), None)
+        fix = f": --micro-batch {divides} divides it" if divides else ""
+        product = f"micro-batch x block x ranks = {B} x {T} x {world} = {B * T * world}"
+        raise ValueError(f"--batch-tokens {args.batch_tokens} is not a multiple of {product}{fix}")
     return n_micro
 
 
+def nearest_step(size, samples):
+    """The multiple of a micro-batch's size nearest to the samples of a step on each rank, at least one."""
+    return size * max(1, round(samples / size))
+
+
 def largest_micro_batch(config, args, budget, samples, world):
-    """-> the largest power of two that divides the samples of a step and fits, and what it needs; at least 1."""
+    """-> the largest power of two that fits, and what it needs; at least 1.
+
+    samples: of a step on each rank. Given by a flag they must be met, otherwise within 5 %.
+    """
+    tolerance = 0 if args.batch_tokens else 0.05 * samples
 
     def needed(size):
         return StepMemory(config, size, args).on_each(world, args.shard)
 
     size, planned = 1, needed(1)
-    while samples % (2 * size) == 0 and (more := needed(2 * size)) <= budget:
+    while abs(nearest_step(2 * size, samples) - samples) <= tolerance and (more := needed(2 * size)) <= budget:
         size, planned = 2 * size, more
     return size, planned
 

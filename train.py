@@ -3,6 +3,7 @@
     python train.py                                             # default data, demo model, 10 minutes on a laptop's CPU
     python train.py --data data/mine --out out/mine --steps 2000
     python train.py --resume                                    # continue after a stop, with the flags of the run
+    python train.py --data data/mine --mix-share zh=0.8,en=0.2  # parts of the run by language or source; or --mix
     python train.py --recipe sft --data data/chat --init-from out/demo --out out/sft           # fine-tuning on chats
     python train.py --recipe dpo --data data/pairs --init-from out/sft --out out/dpo           # on pairs of answers
     torchrun --nproc_per_node 4 train.py --preset small --data data/mine --steps 20000              # 4 GPUs
@@ -285,10 +286,10 @@ def move_to_device(model, args, device, compiled, ranks):
         block.recompute = args.recompute
         if compiled:  # all blocks share one code; not dynamic, or an evaluation's batch size would change training's
             block.compile(dynamic=False)
-    if compiled and device == "cuda":  # on a CPU the one does not pay, and the other has no backward
+    if compiled and device == "cuda":  # on a CPU a compiled loss does not pay, and flex_attention has no backward
         model.softmax_gradient, model.uses_flex = torch.compile(softmax_gradient, dynamic=False), True
     if device == "cuda" and torch.cuda.get_device_capability()[0] == 9:  # Hopper
-        with contextlib.suppress(ImportError):  # where it is installed
+        with contextlib.suppress(ImportError, RuntimeError):  # where it is installed, with both kernels
             torch.nn.attention.activate_flash_attention_impl("FA3")
     if args.shard:
         apply_fsdp(model, device, ranks.world)

@@ -8,6 +8,7 @@ import gc
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -21,10 +22,12 @@ from sample import compile_step, generate
 from train import get_args, move_to_device
 
 MICRO_BATCH = {"small": 32, "base-350m": 8, "steel-1b": 8}  # samples
-KINDS = ("dense", "causal", "transformers")
-PLAN = (("training", "small"), ("decoding", "small"), ("training", "steel-1b"), ("training", "base-350m"))
-ROWS = [(what, name, kind) for what, name in PLAN for kind in KINDS]
-SECONDS = 290  # a row that could last longer than what is left of them is not begun
+ROWS = [("training", name, kind) for name in MICRO_BATCH for kind in ("dense", "causal")]
+ROWS += [("decoding", "small", kind) for kind in ("dense", "causal", "transformers")]
+ROWS += [("training", "small", "causal, documents apart")]
+ROWS += [("training", name, "transformers") for name in ("small", "steel-1b", "base-350m")]
+DOCUMENT = 300  # tokens, on average
+SECONDS = 280  # a row that may last longer than what is left of them, as the longest has, is not begun
 COLUMNS = {
     "training": {
         "tokens/s": ("tokens_per_second", "{:,.0f}"),
@@ -62,14 +65,21 @@ def transformers_model(config):
 
 
 def shape_of(name, kind):
-    return replace(PRESETS[name], ffn="soft_moe" if kind == "causal" else "dense")
+    ffn = "soft_moe" if kind.startswith("causal") else "dense"
+    return replace(PRESETS[name], ffn=ffn, reset_id=0 if kind.endswith("apart") else -1)
+
+
+def random_ids(config, *shape):
+    """Ids, 0 about every DOCUMENT tokens: there documents begin where they are kept apart."""
+    ids = torch.randint(config.vocab_size, shape, device="cuda")
+    return ids.masked_fill(torch.rand(shape, device="cuda") < 1 / DOCUMENT, 0)
 
 
 def training_step(name, kind, micro_batch):
     """-> config, model, functions for a micro-batch and for the end of a step."""
     config = shape_of(name, kind)
     args = get_args([])
-    ids = torch.randint(config.vocab_size, (micro_batch, config.block_size + 1), device="cuda")
+    ids = random_ids(config, micro_batch, config.block_size + 1)
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     with torch.device("cuda"):
         model = transformers_model(config) if kind == "transformers" else Decoder(config)
@@ -122,9 +132,9 @@ def loss_seconds(config, model, micro_batch):
 
 def part_seconds(config, model, micro_batch):
     """-> seconds of all attention layers and of all feed-forward layers of a micro-batch, each compiled by itself."""
-    ids = torch.zeros(micro_batch, config.block_size, dtype=torch.long, device="cuda")
+    ids = random_ids(config, micro_batch, config.block_size)
     x = torch.randn(*ids.shape, config.d_model, device="cuda", requires_grad=True)
-    place = place_tokens(ids, config, None, torch.float32)
+    place = place_tokens(ids, config, None, torch.float32, model.uses_flex)
     times = []
     for layer in (model.blocks[0].attention, model.blocks[0].ffn):
         code = torch.compile(layer, dynamic=False)
@@ -199,6 +209,8 @@ def benchmark_gpu(args):
     """Print a line for each model and kind as it is measured, then the tables; --json FILE saves all of it."""
     if not torch.cuda.is_available():
         raise ValueError("gpu measures a GPU that CUDA can use, and there is none here")
+    with torch.device("meta"):
+        transformers_model(PRESETS["demo"])  # where it is not installed, nothing is measured in vain
     torch.set_float32_matmul_precision("high")
     start, longest = time.perf_counter(), 0.0
     result = {
@@ -218,17 +230,18 @@ def benchmark_gpu(args):
                 row["missing"] = "no time left"
         except torch.OutOfMemoryError:
             row["missing"] = "out of memory"
+        except RuntimeError as error:
+            row["missing"] = str(error).splitlines()[0]
         result["rows"].append(row)
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
         longest = max(longest, time.perf_counter() - began)
-    result["seconds"] = time.perf_counter() - start
+        result["seconds"] = time.perf_counter() - start
+        if args.json:
+            Path(args.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
     print_tables(result)
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
 
 
 def print_tables(result):

@@ -1,5 +1,6 @@
 """The memory that is computed from shapes, compared with what a step really allocates; and what follows from it."""
 
+import functools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -68,16 +69,27 @@ class Alone(Ranks):
         return number
 
 
+@functools.cache
+def memory_of(config, micro_batch, recompute, optimizer):
+    return StepMemory(config, micro_batch, SimpleNamespace(recompute=recompute, optimizer=optimizer))
+
+
+def step_memory(config, micro_batch, args):
+    """StepMemory, computed once for all tests."""
+    return memory_of(config, micro_batch, args.recompute, args.optimizer)
+
+
 def chosen(monkeypatch, flags, tokens, gigabytes, world=1, device="cuda", documents=1):
     """What set_sizes() makes of flags, and the memory of that step, in GB."""
     monkeypatch.setattr(plan, "gpu_bytes", lambda ranks: gigabytes * 10**9)
+    monkeypatch.setattr(plan, "StepMemory", step_memory)
     args = get_args(flags.split())
     config = PRESETS[args.preset or "demo"]
     with torch.device("meta"):
         model = Decoder(config)
     set_sizes(args, model, Text(tokens, config.block_size, documents), device, Alone(0, world, 0, world))
     needed = [
-        StepMemory(config, size, args).on_each(world, args.shard) for size in (args.micro_batch, 2 * args.micro_batch)
+        step_memory(config, size, args).on_each(world, args.shard) for size in (args.micro_batch, 2 * args.micro_batch)
     ]
     return SimpleNamespace(**vars(args), needed=needed[0] / 1e9, of_twice=needed[1] / 1e9)
 
@@ -107,13 +119,21 @@ def test_a_step_of_a_large_model_on_gpus_has_2_19_tokens_and_its_rate(monkeypatc
     got = chosen(monkeypatch, "--preset small --optimizer adamw", 10**10, 10_000, world=8)
     assert (got.micro_batch, got.batch_tokens, got.lr) == (64, 1 << 19, pytest.approx(0.000612372))
     got = chosen(monkeypatch, "--preset steel-1b", 10**10, 10_000, world=6)
-    assert (got.micro_batch, got.batch_tokens) == (32, 32 * 2048 * 6)  # a power of two on each
+    assert (got.micro_batch, got.batch_tokens) == (4, 11 * 4 * 2048 * 6)  # 540,672: twice 4 would be 6 % off
     assert "warning" not in capsys.readouterr().out
     got = chosen(monkeypatch, "--preset small", 3_000_000, 80)
     assert (got.micro_batch, got.batch_tokens) == (8, 8192)  # 366 steps an epoch; twice as many tokens: 183
     assert got.lr == pytest.approx(0.000306186)  # 6e-3 / sqrt(6) / 8
     said = capsys.readouterr().out
     assert "the data have only 2,999,296 tokens: a step takes 8,192, not 524,288" in said
+    got = chosen(monkeypatch, "--preset small", 1_000_000, 80, world=16)
+    assert "a step takes 16,384, not 524,288" in capsys.readouterr().out and got.batch_tokens == 16_384
+    got = chosen(monkeypatch, "--preset small --micro-batch 32", 3_000_000, 80)
+    assert "a step takes 32,768, not 524,288" in capsys.readouterr().out and got.batch_tokens == 32_768
+    chosen(monkeypatch, "--preset steel-1b", 10**10, 16)
+    assert (
+        "micro-batch 1: the plan is 26.4 GB, 14.4 can be used: try --recompute, or --shard" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.quick
@@ -123,7 +143,7 @@ def test_flags_and_recipes_come_before_what_a_gpu_chooses(monkeypatch):
     got = chosen(monkeypatch, "--preset small --batch-tokens 12288", 10**10, 80)
     assert (got.micro_batch, got.batch_tokens) == (4, 12288)
     got = chosen(monkeypatch, "--recipe sft --preset small", 10**8, 80, documents=500_000)
-    assert (got.lr, got.micro_batch, got.batch_tokens) == (2e-5, 32, 2 * 32 * 1024)  # 256 conversations: 51,200 tokens
+    assert (got.lr, got.micro_batch, got.batch_tokens) == (2e-5, 16, 3 * 16 * 1024)  # 256 conversations: 51,200 tokens
 
 
 @pytest.mark.quick
@@ -132,3 +152,10 @@ def test_elsewhere_the_numbers_are_those_of_the_demo_model(device, flags, monkey
     got = chosen(monkeypatch, flags, 10**10, 80, world=2, device=device)
     assert (got.micro_batch, got.lr) == (16, 6e-3)
     assert got.batch_tokens == 2 * 16 * PRESETS[got.preset or "demo"].block_size
+
+
+@pytest.mark.quick
+def test_a_step_that_micro_batches_do_not_divide_is_refused_with_one_that_does(monkeypatch):
+    """As when a run of one GPU goes on with eight."""
+    with pytest.raises(ValueError, match="1024 x 8 = 1048576: --micro-batch 64 divides it$"):
+        chosen(monkeypatch, "--preset small --micro-batch 128 --batch-tokens 524288", 10**10, 80, world=8)
