@@ -4,6 +4,7 @@
     python -m extras.study --only dense causal --seeds 1         # a part of it
     python -m extras.study --only dense causal --minutes 4 --out out/minutes         # equal time instead of equal steps
     python -m extras.study --steps 4 --seeds 1 --flags=--no-compile --out out/quick  # a test of the whole
+    python -m extras.study --mixes --out out/mixes                 # the default model on mixes of the default sources
 
 A run is one call of train.py on one thread; two run at a time. out/study/NAME-SEED keeps its result. Each run imports
 the code anew, so do not edit it before the last one has started.
@@ -50,6 +51,14 @@ VARIANTS = {
     "causal-swiglu2": ("--expert swiglu2", 1),
     "sequence": ("--dispatch sequence", 1),
 }
+MIXES = {
+    "as it is": ("", 2),
+    "novel": ("--mix-share novel=1", 2),
+    "novel 80 newspaper 20": ("--mix-share novel=0.8,newspaper=0.2", 2),
+    "newspaper 80 novel 20": ("--mix-share newspaper=0.8,novel=0.2", 2),
+    "newspaper": ("--mix-share newspaper=1", 2),
+}
+RUNS = VARIANTS | MIXES
 LEAK_TOKENS = 32_768  # of the held-out text, to score the sequence dispatch honestly
 
 
@@ -58,7 +67,8 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m extras.study", description=__doc__.split("\n\n")[0], formatter_class=defaults
     )
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants to run")
+    parser.add_argument("--mixes", action="store_true", help="compare mixes of the default sources instead of layers")
+    parser.add_argument("--only", nargs="+", choices=RUNS, help="variants to run; all if none is named")
     parser.add_argument("--seeds", type=int, help="of each variant, instead of its own number")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="of each run; 500 if neither is given")
@@ -72,6 +82,7 @@ def get_args(argv=None):
     for name, low in (("steps", 1), ("workers", 1), ("seeds", 1), ("minutes", 0.01)):
         if getattr(args, name) is not None and not getattr(args, name) >= low:
             parser.error(f"--{name} {getattr(args, name)}: expected {low} or more")
+    args.only = args.only or list(MIXES if args.mixes else VARIANTS)
     if args.steps is None and args.minutes is None:
         args.steps = 500
     return args
@@ -156,7 +167,7 @@ def train_variant(name, seed, args):
     """Train, or resume; returns the checkpoint at the end. ValueError if it was stopped before."""
     out = args.out / f"{name}-{seed}"
     train.Decoder = decoder_class(name)
-    argv = [*args.flags.split(), *VARIANTS[name][0].split(), "--data", args.data, "--out", str(out)]
+    argv = [*args.flags.split(), *RUNS[name][0].split(), "--data", args.data, "--out", str(out)]
     argv += ["--steps", str(args.steps)] if args.steps else ["--minutes", str(args.minutes)]
     argv += ["--seed", str(seed), "--eval-every", "0", "--save-every", "200", "--keep", "1"]
     train.main(argv + (["--resume"] if any(out.glob("step-*")) else []))
@@ -181,6 +192,7 @@ def run_one(name, seed, args):
     result = {
         "loss": lines[-1]["val_loss"],
         "bpb": lines[-1]["val_bpb"],
+        "bpb_by": {key.partition("/")[2]: value for key, value in lines[-1].items() if key.startswith("val_bpb/")},
         "parameters": model.n_params(),
         "trained": sum(phase["served"] for phase in state["phases"]) * model.config.block_size,
         "state": decode_state(model),
@@ -308,11 +320,24 @@ def print_table(args, seeds):
         print(f"| {' | '.join(cells)} |")
 
 
+def print_mixes(args, seeds):
+    """Bits per byte of the held-out text of each source, the mean of the seeds and their spread."""
+    results = {name: [read_result(name, seed, args) for seed in range(seeds[name])] for name in args.only}
+    results = {name: list(filter(None, of_name)) for name, of_name in results.items()}
+    sources = [source for source in next((r[0]["bpb_by"] for r in results.values() if r), []) if " " in source]
+    print(f"| trained on | {' | '.join(sources)} | all |\n|{'---|' * (len(sources) + 2)}")
+    for name, of_name in results.items():
+        columns = [[result["bpb_by"][source] for result in of_name] for source in sources]
+        columns += [[result["bpb"] for result in of_name]]
+        cells = [f"{statistics.mean(c):.3f} ± {(max(c) - min(c)) / 2:.3f}" if c else "" for c in columns]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
 def main(argv=None):
     args = get_args(argv)
     if args.run:
         return run_one(args.run[0], int(args.run[1]), args)
-    seeds = {name: args.seeds or VARIANTS[name][1] for name in args.only}
+    seeds = {name: args.seeds or RUNS[name][1] for name in args.only}
     open_study(args)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -320,7 +345,7 @@ def main(argv=None):
         failed = run_all(args, seeds)
     except KeyboardInterrupt:
         raise ValueError("stopped; the same command continues") from None
-    print_table(args, seeds)
+    (print_mixes if args.mixes else print_table)(args, seeds)
     if failed:
         raise ValueError(f"these runs failed: {', '.join(failed)}")
 

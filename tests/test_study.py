@@ -71,6 +71,19 @@ def test_a_small_study_runs_resumes_and_prints_its_table(small_data, tmp_path):
     assert "--lr -1" in (tmp_path / "bad" / "causal-0.log").read_text(encoding="utf-8")
 
 
+def test_mixes_are_compared_by_source(small_data, tmp_path):
+    flags = ["--data", small_data, "--out", tmp_path, "--seeds", 2, "--steps", 2, "--flags=" + " ".join(TINY)]
+    table = call("extras.study", "--mixes", *flags, "--only", "as it is").stdout.splitlines()
+    assert table[0] == "| trained on | a zh | b zh | all |"
+    lines = [
+        (tmp_path / f"as it is-{seed}" / "metrics.jsonl").read_text(encoding="utf-8").splitlines() for seed in (0, 1)
+    ]
+    last = [json.loads(of_run[-1]) for of_run in lines]
+    for cell, key in zip(table[2].strip("| ").split(" | ")[1:], ("val_bpb/a zh", "val_bpb/b zh", "val_bpb")):
+        one, two = (run[key] for run in last)
+        assert cell == f"{(one + two) / 2:.3f} ± {abs(one - two) / 2:.3f}"
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [(["--only", "psychic"], "invalid choice"), (["--workers", 0], "--workers 0: expected 1 or more")],
