@@ -140,7 +140,7 @@ def evaluate(
             nats = model(ids, targets, reduction="none").sum(1).tolist()
         for i, *of_row in zip(numbers, nats, tokens, text_bytes):
             source = samples.source_of(max(i, 0)) if len(names) > 1 else names[0]
-            sums[names.index(source)] += torch.tensor(of_row)
+            sums[names.index(source)] += torch.tensor(of_row, dtype=torch.float64)
     model.train(training)
     if world > 1:
         torch.distributed.all_reduce(sums)
@@ -149,8 +149,8 @@ def evaluate(
         of_language = [part for name, part in parts.items() if name.endswith(" " + language)]
         if 1 < len(of_language) < len(names):
             parts[language] = sum(of_language)
-    by = {name: scores(*part.tolist()) for name, part in parts.items() if len(names) > 1 and part[1]}
-    return {**scores(*sums.sum(0).tolist()), "by": by}
+    by = {name: scores(*part.tolist()) for name, part in parts.items() if part[1]}
+    return {**scores(*sums.sum(0).tolist()), "by": by if len(by) > 1 else {}}
 
 
 def scores(nats, tokens, text_bytes):

@@ -84,10 +84,11 @@ class Baseline(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * N_LAYER) if last else 0.02)
 
     def forward(self, ids, targets, reduction="mean"):
-        """ids, targets [B, T] (-1: not counted) -> nats, their mean or sum."""
+        """ids, targets [B, T] (-1: not counted) -> nats: mean, "sum", or "none": [B, T]."""
         x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
         logits = F.linear(self.norm(self.blocks(x)), self.tokens.weight)  # [B, T, V]
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
+        nats = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-1, reduction="none")
+        return nats if reduction == "none" else nats.sum() / (1 if reduction == "sum" else (targets >= 0).sum())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
