@@ -222,7 +222,7 @@ def make_state(args, data, device, saved):
         return State.create(device, next_phase([], samples, places))
     names = ("phases", "recent", "skipped", "in_a_row", "step", "seconds")
     state = {name: saved[name] for name in names}
-    same_mix = (args.mix, args.mix_share) == (saved["args"]["mix"], saved["args"]["mix_share"])
+    same_mix = all((getattr(args, name) or None) == (saved["args"][name] or None) for name in ("mix", "mix_share"))
     if samples != state["phases"][-1]["samples"] or not same_mix:
         goes_on = same_mix and not args.mix_share
         state["phases"] = next_phase(state["phases"], samples, places, goes_on)

@@ -421,6 +421,30 @@ def test_text_added_while_a_run_is_stopped_is_trained_on_by_the_same_run(small_d
     assert sorted(served) == list(range(len(data))) and sum(unserved(phases).values()) == len(data) - 96
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_mix_and_added_text_survive_kills(small_data, chapters, tmp_path, world):
+    """kill -9 before and after text was added and the mix changed: the same bits as without."""
+    for name, kills in (("whole", 0), ("killed", 3)):
+        data, run = tmp_path / f"{name} data", tmp_path / name
+        shutil.copytree(small_data, data)
+        for steps, mix in ((30, "a=2,b=0.5"), (60, "a=2,b=0.5"), (90, "a=0.5,more=3")):
+            if steps == 60:
+                (tmp_path / "more.txt").write_text(chapters[40], encoding="utf-8")
+                call("prepare.py", tmp_path / "more.txt", "--out", data, "--workers", 1)
+            flags = ["--data", data, "--out", run, *TINY, "--save-every", 4, "--eval-every", 0, "--mix", mix]
+            for kill in range(kills):
+                processes = start(world, "train.py", *flags, "--steps", steps, "--resume")
+                processes[0].wait_for("step")
+                time.sleep(0.02 * kill)
+                for process in processes:
+                    process.kill()
+                    process.communicate()
+            finish(start(world, "train.py", *flags, "--steps", steps, "--resume"))
+    assert what_a_run_leaves(tmp_path / "killed", 90) == what_a_run_leaves(tmp_path / "whole", 90)
+    phases = state_of(tmp_path / "whole", 90)["phases"]
+    assert [len(phase["samples"]) for phase in phases] == [2, 3, 3] and phases[0]["places"] != phases[2]["places"]
+
+
 def test_a_run_starts_from_the_weights_of_another(whole_run, small_data, chapters, tmp_path):
     run, short = tmp_path / "run", ["--steps", 1, "--save-every", 0, "--eval-every", 0]
     train(small_data, run, "--init-from", whole_run.out, *short, "--seed", 3)
