@@ -419,7 +419,7 @@ class Block(nn.Module):
         self.ffn = (Dense if config.ffn == "dense" else SequenceSoftMoE if config.reads_ahead else SoftMoE)(config)
 
     def forward(self, x, place, cache, layer):
-        if self.recompute and cache is None and torch.is_grad_enabled():  # not its number: one code for all
+        if self.recompute and cache is None and torch.is_grad_enabled():  # no layer: one code for all blocks
             return recompute(self.run, x, place, use_reentrant=False, preserve_rng_state=False)
         return self.run(x, place, cache, layer)
 
