@@ -214,18 +214,25 @@ class State:
         return every > 0 and self.step % every == 0
 
 
+def same_mix(args, saved):
+    return all((getattr(args, name) or None) == (saved["args"][name] or None) for name in ("mix", "mix_share"))
+
+
+def round_goes_on(args, saved):
+    """Whether a resumed run first serves what its round has left. With shares there is no end to wait for."""
+    return same_mix(args, saved) and not args.mix_share
+
+
 def make_state(args, data, device, saved):
-    """The state of a new run, or a saved one, whose data may have grown."""
+    """The state of a new run, or a saved one, whose data may have grown, or whose mix may be another."""
     samples = data.samples()
     places = places_of(samples, args.mix, args.mix_share)
     if not saved:
         return State.create(device, next_phase([], samples, places))
     names = ("phases", "recent", "skipped", "in_a_row", "step", "seconds")
     state = {name: saved[name] for name in names}
-    same_mix = all((getattr(args, name) or None) == (saved["args"][name] or None) for name in ("mix", "mix_share"))
-    if samples != state["phases"][-1]["samples"] or not same_mix:
-        goes_on = same_mix and not args.mix_share
-        state["phases"] = next_phase(state["phases"], samples, places, goes_on)
+    if samples != state["phases"][-1]["samples"] or not same_mix(args, saved):
+        state["phases"] = next_phase(state["phases"], samples, places, round_goes_on(args, saved))
     new_flags = any(getattr(args, name) != saved["args"][name] for name in ("lr", "batch_tokens"))
     if new_flags or state["phases"][-1]["served"] == 0:
         state["recent"] = []  # losses to come need not be like those before

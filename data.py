@@ -80,10 +80,8 @@ def read_manifest(folder):
         manifest = json.loads(path.read_text(encoding="utf-8"))
         names = [manifest["tokenizer"]["file"], *(shard["name"] for shard in manifest["shards"])]
         outside = [name for name in names if Path(name).name != name]
-        damaged = (
-            not all({"source", "language", "split"} <= shard.keys() for shard in manifest["shards"])
-            or not {"parts", "inputs", "ledger"} <= manifest.keys()
-        )
+        damaged = not {"parts", "inputs", "ledger"} <= manifest.keys()
+        damaged |= not all({"source", "language", "split"} <= shard.keys() for shard in manifest["shards"])
     except FileNotFoundError:
         raise ValueError(f"no data in {folder}: python prepare.py FILE_OR_DIR --out {folder}") from None
     except (ValueError, AttributeError, KeyError, TypeError):
@@ -149,7 +147,7 @@ class TokenData:
         for k in range(len(self.shards)):
             self.sources.setdefault(self._source(k), []).append(k)
         # Where the samples of each of its shards end, among those of the source.
-        self.ends = {source: np.cumsum([sizes[k] for k in ks]) for source, ks in self.sources.items()}
+        self.source_ends = {source: np.cumsum([sizes[k] for k in ks]) for source, ks in self.sources.items()}
         if len(self) == 0:
             if self.rows:
                 fix = f"set --block-size above {block_size}, or give prepare.py shorter ones"
@@ -237,12 +235,13 @@ class TokenData:
 
     def samples(self):
         """{source: how many samples it has}."""
-        return {source: int(ends[-1]) for source, ends in self.ends.items()}
+        return {source: int(ends[-1]) for source, ends in self.source_ends.items()}
 
     def number(self, source, i):
         """The number, among all, of the i-th sample of a source."""
-        at = int(np.searchsorted(self.ends[source], i, side="right"))
-        return int(self.first[self.sources[source][at] + 1] - self.ends[source][at]) + i
+        ends = self.source_ends[source]
+        at = int(np.searchsorted(ends, i, side="right"))
+        return int(self.first[self.sources[source][at] + 1] - ends[at]) + i
 
     def source_of(self, i):
         """The source of sample i."""

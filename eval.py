@@ -122,7 +122,7 @@ def evaluate(
     chosen = np.pad(chosen, (0, -len(chosen) % (world * batch)), constant_values=-1)[rank::world]
     n_bytes = np.array([len(b) for b in token_bytes])
     names = list(samples.sources) if isinstance(samples, TokenData) else ["text"]
-    sums = torch.zeros(len(names), 3, dtype=torch.float64)  # nats, tokens, bytes
+    sums = np.zeros((len(names), 3))  # of each source: nats, tokens, bytes
     training = model.training
     model.eval()
     for start in range(0, len(chosen), batch):
@@ -137,13 +137,12 @@ def evaluate(
         tokens, text_bytes = counted.sum(1), (n_bytes[targets] * counted).sum(1)
         ids, targets = (torch.from_numpy(a).to(device) for a in (ids, targets))
         with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
-            nats = model(ids, targets, reduction="none").sum(1).tolist()
-        for i, *of_row in zip(numbers, nats, tokens, text_bytes):
-            source = samples.source_of(max(i, 0)) if len(names) > 1 else names[0]
-            sums[names.index(source)] += torch.tensor(of_row, dtype=torch.float64)
+            nats = model(ids, targets, reduction="none").sum(1)
+        sources = [names.index(samples.source_of(max(i, 0))) if len(names) > 1 else 0 for i in numbers]
+        np.add.at(sums, sources, np.stack([nats.cpu().numpy(), tokens, text_bytes], axis=1))
     model.train(training)
     if world > 1:
-        torch.distributed.all_reduce(sums)
+        torch.distributed.all_reduce(torch.from_numpy(sums))  # in place
     parts = dict(zip(names, sums))
     for language in dict.fromkeys(name.rpartition(" ")[2] for name in names):
         of_language = [part for name, part in parts.items() if name.endswith(" " + language)]
@@ -154,6 +153,7 @@ def evaluate(
 
 
 def scores(nats, tokens, text_bytes):
+    """What is reported of so many nats of so many tokens and bytes."""
     loss = nats / tokens if tokens else math.nan
     bpb = nats / math.log(2) / max(text_bytes, 1)
     return {"loss": loss, "perplexity": math.exp(loss), "bpb": bpb, "tokens": int(tokens)}

@@ -145,12 +145,12 @@ def unserved(phases):
     return {source: phase["first"][source] + rounds * own - counts[source] for source, own in phase["places"].items()}
 
 
-def next_phase(phases, samples, places, goes_on=False):
-    """-> phases and one more, for data with these {source: samples}, by a round of `places`.
+def next_phase(phases, samples, places=None, goes_on=False):
+    """-> phases and one more, for data with these {source: samples}, by a round of `places`; without, of each sample.
 
     goes_on: the mix is the one before, and what it has left of a round comes first, together with what is new.
     """
-    first = places
+    first = places = places or samples
     if goes_on:
         before, rest = phases[-1]["places"], unserved(phases)
         first = {source: rest.get(source, 0) + own - before.get(source, 0) for source, own in places.items()}

@@ -152,15 +152,9 @@ def set_sizes(args, model, data, device, ranks):
     lr            6e-3 sqrt(128 / d_model), times sqrt(tokens / 2^19) for smaller steps (arXiv 1404.5997, section 5);
                   for AdamW a quarter of it, which at width 768 is the usual 6e-4
     """
-    config, T, epoch = model.config, data.block_size, len(data) * data.block_size
+    config, T = model.config, data.block_size
     is_large, row = device == "cuda" and model.n_params() >= LARGE, T * ranks.world  # row: one sample on each rank
-    tokens = args.batch_tokens  # wanted
-    if args.batch_documents and not tokens:
-        tokens = args.batch_documents / data.documents * epoch
-    elif is_large and not tokens:
-        tokens = BATCH_TOKENS
-        while tokens > epoch / EPOCH_STEPS and tokens // 2 >= (args.micro_batch or 1) * row:
-            tokens //= 2
+    tokens = args.batch_tokens or wanted_tokens(args, data, is_large, row)
     if args.micro_batch is None and is_large:
         budget = FULL * ranks.from_rank_0(gpu_bytes(ranks))
         args.micro_batch, planned = largest_micro_batch(config, args, budget, tokens / row, ranks.world)
@@ -169,9 +163,9 @@ def set_sizes(args, model, data, device, ranks):
         ranks.say(f"micro-batch {args.micro_batch}: {plan}")
     args.micro_batch = args.micro_batch or MICRO_BATCH
     if not args.batch_tokens:
-        args.batch_tokens = nearest_step(args.micro_batch, (tokens or 1) / row) * row
+        args.batch_tokens = nearest_step(args.micro_batch, tokens / row) * row
         if is_large and not args.batch_documents and 2 * args.batch_tokens <= BATCH_TOKENS:
-            few = f"the data have only {epoch:,} tokens"
+            few = f"the data have only {len(data) * T:,} tokens"
             ranks.say(f"warning: {few}: a step takes {args.batch_tokens:,}, not {BATCH_TOKENS:,}")
     if args.lr is None:
         args.lr = peak_lr(args.optimizer, config.d_model, args.batch_tokens) if is_large else LR
@@ -179,6 +173,17 @@ def set_sizes(args, model, data, device, ranks):
         samples = sum(places_of(data.samples(), args.mix).values())  # of a round, or of all data where shares are given
         args.steps = math.ceil(args.epochs * samples * T / args.batch_tokens)
     return count_micro_batches(args, T, ranks.world)
+
+
+def wanted_tokens(args, data, is_large, row):
+    """Tokens of a step where --batch-tokens does not say it; 0: one micro-batch on each rank."""
+    epoch = len(data) * data.block_size
+    if args.batch_documents:
+        return args.batch_documents / data.documents * epoch
+    tokens = BATCH_TOKENS if is_large else 0
+    while tokens > epoch / EPOCH_STEPS and tokens // 2 >= (args.micro_batch or 1) * row:
+        tokens //= 2
+    return tokens
 
 
 def count_micro_batches(args, T, world):

@@ -66,7 +66,8 @@ def describe_mix(args, state, step_samples, T):
     epochs = {source: served.get(source, 0) / n for source, n in samples.items() if n}
     total = max(1, sum(served.values()))
     if len(samples) > 1:
-        yield f"{'the run' if args.steps else 'a round'} serves  {'tokens':>15}{'epochs':>8}{'share':>8}    of tokens"
+        served_by = "the run" if args.steps else "a round"
+        yield f"{served_by} serves  {'tokens':>15}{'epochs':>8}{'share':>8}{'in the data':>13}"
         for source, n in epochs.items():
             own = served.get(source, 0)
             yield f"    {source:<18}{own * T:>15,}{n:>8.2f}{own / total:>8.1%}{samples[source] * T:>13,}"

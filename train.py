@@ -35,6 +35,7 @@ from checkpoint import (
     newest_checkpoint,
     read_state,
     read_tensors,
+    round_goes_on,
     set_aside_newer,
     step_folders,
 )
@@ -85,7 +86,7 @@ def get_args(argv=None, **defaults):
     # How long, how much at a time
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="length of the run and of its schedule")
-    length.add_argument("--epochs", type=float, help="length as times that each sample is served")
+    length.add_argument("--epochs", type=float, help="length as times that each sample is served, or rounds of --mix")
     length.add_argument("--minutes", type=float, help="length as time spent on steps; 10 if no length is given")
     own = "a large model on a GPU chooses its own (docs/gpu.md)"
     add("--micro-batch", type=int, help=f"samples in one forward pass: 16; {own}")
@@ -334,8 +335,8 @@ def check_resume(args, data, machine, checkpoint, saved, ranks):
     if ranks.rank == 0:
         set_aside_newer(checkpoint)
     if new := len(data) - sum(saved["phases"][-1]["samples"].values()):
-        left = sum(unserved(saved["phases"]).values())
-        ranks.say(f"{new:,} new samples, mixed with the {left:,} that this round has not served yet")
+        left = f", mixed with the {sum(unserved(saved['phases']).values()):,} that this round has not served yet"
+        ranks.say(f"{new:,} new samples{left if round_goes_on(args, saved) else ''}")
 
 
 def dry_run(args):

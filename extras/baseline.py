@@ -120,7 +120,7 @@ def main(argv=None):
         raise ValueError(f"{args.out} has a metrics.jsonl: choose another --out")
     tokenizer = load_tokenizer(args.data)
     data = TokenData(args.data, "train", BLOCK)
-    phases = next_phase([], data.samples(), data.samples())
+    phases = next_phase([], data.samples())
     log = Log(args.out)
     torch.manual_seed(args.seed)
     model = Baseline(tokenizer.embedding_rows)

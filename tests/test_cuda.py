@@ -153,7 +153,7 @@ def test_no_step_waits_for_the_gpu(small_data, optimizer):
     move_to_device(model, args, "cuda", True, Ranks())
     optimizers = make_optimizers(model, optimizer, 1e-3, 0.1)
     data = TokenData(small_data, "train", 128)
-    state = State.create("cuda", next_phase([], data.samples(), data.samples()))
+    state = State.create("cuda", next_phase([], data.samples()))
     steps = batches(data, state.phases, 0, Ranks(), 2, 4, "cuda")
     try:
         for step in range(4):

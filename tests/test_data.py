@@ -52,6 +52,18 @@ def folder(tmp_path):
     return write_folder(tmp_path / "data")
 
 
+def test_the_samples_of_a_source_are_those_of_its_shards(folder):
+    manifest = read_manifest(folder)
+    for shard, source in zip(manifest["shards"], ("x", "y", "x")):
+        shard |= {"source": source, "split": "train"}
+    write_manifest(folder, manifest)
+    data = TokenData(folder, "train", 8)
+    assert data.samples() == {"x zh": 9 + 6, "y zh": 3}  # (74 - 1) // 8 and (51 - 1) // 8; (31 - 1) // 8
+    numbers = {source: [data.number(source, i) for i in range(n)] for source, n in data.samples().items()}
+    assert numbers == {"x zh": [*range(9), *range(12, 18)], "y zh": [9, 10, 11]}
+    assert all(data.source_of(i) == source for source, of_source in numbers.items() for i in of_source)
+
+
 def test_a_shard_holds_its_documents_with_an_eos_behind_each(folder):
     entry = read_manifest(folder)["shards"][0]
     assert (entry["tokens"], entry["documents"], entry["bytes"]) == (74, 3, 213)

@@ -245,7 +245,7 @@ def test_nothing_is_saved_between_bad_steps(small_data, tmp_path, break_steps):
 
 def test_a_run_goes_on_over_a_step_without_targets(small_data, tmp_path, monkeypatch):
     data = TokenData(small_data, "train", 32)
-    phases = next_phase([], data.samples(), data.samples())
+    phases = next_phase([], data.samples())
     empty = {data.number(*sample) for sample in samples_at(16, 8, phases, 0)}  # the third step's samples
     inputs_and_targets = data_module.inputs_and_targets
 

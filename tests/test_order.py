@@ -45,7 +45,7 @@ def test_data_order_at_sizes_whose_permutation_could_not_be_stored():
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_an_epoch_serves_every_sample_once_at_any_world_size(world):
-    samples, phases = Rows(np.full(3, i) for i in range(100)), next_phase([], {"a zh": 100}, {"a zh": 100})
+    samples, phases = Rows(np.full(3, i) for i in range(100)), next_phase([], {"a zh": 100})
     batch, per_rank = 12, 12 // world
     served = []
     for step, rank in itertools.product(range(25), range(world)):
@@ -62,7 +62,7 @@ def test_an_epoch_serves_every_sample_once_at_any_world_size(world):
 @pytest.mark.parametrize("world, n_micro, micro_batch", [(1, 6, 2), (2, 3, 2), (3, 1, 4)])
 def test_the_loader_gives_each_rank_its_part_of_each_step(world, n_micro, micro_batch):
     samples = Rows(np.arange(i, i + 4) for i in range(50))
-    phases = next_phase([], {"a zh": 50}, {"a zh": 50})
+    phases = next_phase([], {"a zh": 50})
     phases[-1]["served"] = 24
     loaders = [batches(samples, phases, 7, Ranks(rank, world), n_micro, micro_batch) for rank in range(world)]
     for step in range(5):

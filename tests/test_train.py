@@ -47,7 +47,7 @@ def chapters():
 
 def first_loss(model, data, n, seed=0):
     """The loss of a model on the first n samples of a run."""
-    return model(*batch_at(data, next_phase([], data.samples(), data.samples()), seed, 0, n)).item()
+    return model(*batch_at(data, next_phase([], data.samples()), seed, 0, n)).item()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def test_every_answer_counts_alike_in_micro_batches_of_any_size(small_data, chap
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "8"), abs=1e-5)
     model, _, info = load(tmp_path / "8")
     data = TokenData(tmp_path / "chat", "train", 32)
-    _, targets = batch_at(data, next_phase([], data.samples(), data.samples()), 0, 0, 8)
+    _, targets = batch_at(data, next_phase([], data.samples()), 0, 0, 8)
     assert info.chat and len(set((targets >= 0).sum(1).tolist())) > 2
     torch.manual_seed(0)
     assert losses(tmp_path / "8")[0] == pytest.approx(first_loss(Decoder(model.config), data, 8), abs=1e-5)
@@ -478,7 +478,7 @@ def test_a_run_starts_from_a_hugging_face_folder(small_data, tmp_path):
     flags += ["--block-size", 32, "--batch-tokens", 512, "--no-compile", "--log-every", 1]
     call("train.py", *flags, "--steps", 1)
     data = TokenData(small_data, "train", 32)
-    ids, targets = batch_at(data, next_phase([], data.samples(), data.samples()), 0, 0, 16)
+    ids, targets = batch_at(data, next_phase([], data.samples()), 0, 0, 16)
     logits = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen2")(ids).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
     assert losses(run)[0] == pytest.approx(expected, abs=1e-5)
