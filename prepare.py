@@ -5,15 +5,16 @@
     python prepare.py more/ --out data/mine                      # later: appends, and drops copies of what is there
     python prepare.py my.jsonl --out data/mine --tokenizer qwen  # with Qwen's vocabulary
 
-Step 1, in corpus/cleaning.py, reads and cleans each part of the input. The steps here find copies among all documents,
-train a tokenizer, and tokenise and write shards. One document in twenty, chosen by its hash, is held out as the split
-`val`; where that chooses none of a source, the first one is.
+Step 1, in corpus/cleaning.py, reads and cleans each part of the input. Step 2, in corpus/decisions.py, finds copies
+among all documents, and holds out one in twenty, chosen by its hash, as the split `val`; where that chooses none of a
+source, the first one is. The steps here train a tokenizer, and tokenise and write shards.
 
 The manifest is written last, so that all it names is complete. Work in progress is in data/NAME/.work, where finished
 steps are found again by a hash of all that went into them: after a kill, the same command continues.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -28,21 +29,19 @@ import numpy as np
 
 from common import run_command, sha256_of, write_atomically
 from corpus.cleaning import clean_part, read_documents, read_hashes
-from corpus.copies import near_copies
+from corpus.cluster import worker_processes
+from corpus.decisions import OUTCOMES, TRAIN, decide, print_near_copies
 from corpus.default import default_parts, fetch_qwen
 from corpus.examples import keep_dropped, print_changed, print_dropped
 from corpus.formats import file_parts, utf8_name
 from corpus.ledger import add_counts, count, print_ledger, refuse_malformed
 from corpus.pipelines import PIPELINES, language_of
-from corpus.reference import MAX_PERPLEXITY, NGram
 from corpus.rows import EXAM_FORMS
-from corpus.work import code_digest, digest_of, folder_lock, in_parallel, progress, read_work, write_work
+from corpus.work import code_digest, digest_of, folder_lock, progress, read_work, write_work
 from data import read_manifest, shard_is_whole, write_array, write_shard
 from tokenizer import FILES, load_tokenizer, train_sentencepiece
 
-VAL_EVERY = 20  # one document in so many is held out
 SHARD_TOKENS = 1 << 24  # a shard ends with the document that reaches this
-REFERENCE_CHARACTERS = 4_000_000  # of a reference source; its model has room for no more
 TOKENIZER_CHARACTERS = 20_000_000  # to train a tokenizer on, about, spread over all documents
 
 
@@ -60,6 +59,11 @@ def get_args(argv=None):
     add("--reference", metavar="SOURCE", help="drop prose that is too surprising to a model of this source of the run")
     add("--workers", type=int, default=os.cpu_count(), help="processes; the result does not depend on it")
     add(
+        "--cluster",
+        metavar="tcp://HOST:PORT",
+        help="a dask scheduler, whose workers are used instead: see docs/data.md",
+    )
+    add(
         "--exams",
         choices=EXAM_FORMS,
         default="text",
@@ -72,115 +76,6 @@ def get_args(argv=None):
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: expected 1 or more")
     return args
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Step 2 (step 1 is in corpus/cleaning.py): decide what becomes of each cleaned document
-
-OUTCOMES = ("train", "val", "duplicate", "near_duplicate", "perplexity")
-TRAIN, VAL, DUPLICATE, NEAR_DUPLICATE, PERPLEXITY = range(len(OUTCOMES))
-
-
-def decide(cleaned, out, work, manifest, reference, near, workers):
-    """-> for each part an array [documents] of indices of OUTCOMES, and one of the originals of near copies.
-
-    The shards that are there count as earlier text. An original is the number of a document: first those in the
-    shards, then the new ones; -1 for what is no near copy.
-    """
-    hashes = [read_hashes(work, result) for result in cleaned]
-    sizes = [len(rows) for rows in hashes]
-    surprising = np.zeros(sum(sizes), dtype=bool)
-    if reference:
-        model = learn_reference(work, cleaned, reference)
-        score = functools.partial(score_part, work=work, reference=model)
-        paths = in_parallel(score, cleaned, workers, "scoring", sum(sizes), " documents")
-        surprising = np.concatenate([np.load(path, allow_pickle=False) for path in paths])
-    known_hashes = [np.zeros((0, 4), dtype=np.uint64)]
-    for shard in manifest["shards"]:
-        known_hashes.append(np.load(out / f"{shard['name']}.hashes.npy", allow_pickle=False))
-        if known_hashes[-1].shape[1] != 4:
-            fix = "choose another --out, or delete the folder and prepare all of its text again"
-            raise ValueError(f"{out} was prepared by an older version, with other fingerprints: {fix}")
-    outcomes, originals = outcomes_of(np.concatenate(hashes)[:, :4], np.concatenate(known_hashes), surprising, near)
-    hold_something_out(outcomes, cleaned, hashes, manifest)
-    ends = np.cumsum(sizes)[:-1]
-    return np.split(outcomes, ends), np.split(originals, ends)
-
-
-def outcomes_of(new, known, surprising, near):
-    """Decide by hashes [n, 4] of new documents, known [m, 4] of those in the shards, surprising [n] bool.
-
-    Returns [n] indices of OUTCOMES, and [n] originals of near copies: numbers among known and new, or -1. Of equal
-    documents, and with `near` of near copies, the first stays.
-    """
-    hashes = np.concatenate([known, new])
-    outcomes = np.zeros(len(hashes), dtype=np.uint8)
-    outcomes[len(known) :][surprising] = PERPLEXITY
-    left = np.flatnonzero(outcomes == TRAIN)
-    order = left[np.lexsort((hashes[left, 1], hashes[left, 0]))]  # stable: equal documents stay in order
-    is_copy = (hashes[order[1:], :2] == hashes[order[:-1], :2]).all(1)
-    outcomes[order[1:][is_copy]] = DUPLICATE
-    left = np.flatnonzero(outcomes == TRAIN)
-    first = near_copies(hashes[left, 2:]) if near else np.arange(len(left))
-    is_copy = np.flatnonzero(first != np.arange(len(left)))
-    outcomes[left[is_copy]] = NEAR_DUPLICATE
-    originals = np.full(len(hashes), -1)
-    originals[left[is_copy]] = left[first[is_copy]]
-    outcomes = outcomes[len(known) :]
-    outcomes[(outcomes == TRAIN) & (new[:, 0] % VAL_EVERY == 0)] = VAL
-    return outcomes, originals[len(known) :]
-
-
-def hold_something_out(outcomes, cleaned, hashes, manifest):
-    """Of a source without anything held out, hold out the first document that is kept, if it is not the only one."""
-    numbers = {}  # of the sources
-    source_of = []  # for each part the number of each document's source
-    for result, rows in zip(cleaned, hashes):
-        part_sources = [numbers.setdefault(name, len(numbers)) for name in result["sources"]]
-        source_of.append(np.array(part_sources, dtype=int)[rows[:, 5].astype(int)])
-    source_of = np.concatenate(source_of)
-    for name, number in numbers.items():
-        in_source = source_of == number
-        held_out_before = name in manifest["ledger"] and manifest["ledger"][name]["val"][0] > 0
-        held_out_now = (in_source & (outcomes == VAL)).any()
-        kept = np.flatnonzero(in_source & (outcomes == TRAIN))
-        if len(kept) > 1 and not (held_out_before or held_out_now):
-            outcomes[kept[0]] = VAL
-
-
-def learn_reference(work, cleaned, reference):
-    """Train the model of a source on its cleaned documents, copies too -> path of its tables."""
-    path = work / f"{digest_of('reference', reference, [result['key'] for result in cleaned])}.reference.npy"
-    if path.exists():
-        return path
-    model = NGram()
-    learned = 0  # characters
-    sources = set()
-    for source, document in (pair for result in cleaned for pair in read_documents(work, result)):
-        sources.add(source)
-        if source == reference:
-            model.learn(document.text)
-            learned += len(document.text)
-            if learned >= REFERENCE_CHARACTERS:
-                break
-    if not learned:
-        expected = f"expected one of {', '.join(sorted(sources))}"
-        raise ValueError(f"--reference {reference}: no source of this name has text left after cleaning, {expected}")
-    write_array(path, model.tables)
-    return path
-
-
-def score_part(result, work, reference):
-    """-> path of a bool array [documents]: true for prose that is too surprising to the reference model."""
-    path = work / f"{digest_of('score', result['key'], reference.name)}.scores.npy"
-    if not path.exists():
-        model = NGram(np.load(reference, mmap_mode="r", allow_pickle=False))
-        scores = []
-        for _, document in read_documents(work, result):
-            scores.append(document.kind != "code" and model.perplexity(document.text) > MAX_PERPLEXITY)
-        write_array(path, np.array(scores, dtype=bool))
-        progress(len(scores), 0)
-    return path
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -233,21 +128,23 @@ def train_tokenizer(vocab_size, cleaned, outcomes, work):
 
 
 def write_part(task, out, work, tokenizer, show):
-    """Tokenise what is kept of one part -> {"shards", "ledger", "dropped", "documents"}.
+    """Tokenise what is kept of one part -> {"name", "shards", "ledger", "dropped", "documents"}.
 
-    task: the part's number in the folder, the part, what clean_part returned, the path of its outcomes.
+    task: the part's number in the folder, the part, what clean_part returned, the path of its outcomes. The shards are
+    written to the folder `name` in .work: only the process that holds the lock of `out` writes there.
     """
     number, part, cleaned, outcomes_path = task
     inputs = [cleaned["key"], sha256_of(outcomes_path), sha256_of(tokenizer)]
     name = digest_of("write", code_digest(), number, inputs, show)
     result = read_work(work, name)
-    if result and all(shard_is_whole(out, shard) for shard in result["shards"]):
+    if result and all(shard_is_whole(work / name, shard) or shard_is_whole(out, shard) for shard in result["shards"]):
         progress(result["documents"], 0)
         return result
     outcomes = np.load(outcomes_path, allow_pickle=False)
     hashes = read_hashes(work, cleaned)
     ledger, dropped = {}, {}
-    writer = ShardWriter(out, number, part, load_tokenizer(tokenizer))
+    (work / name).mkdir(exist_ok=True)
+    writer = ShardWriter(work / name, number, part, load_tokenizer(tokenizer))
     for i, (source, document) in enumerate(read_documents(work, cleaned)):
         outcome = OUTCOMES[outcomes[i]]
         characters = int(hashes[i, 4])
@@ -265,8 +162,8 @@ def write_part(task, out, work, tokenizer, show):
         ledger[source]["written"] = add_counts(ledger[source]["written"], written)
     progress(len(outcomes) % 100, 0)
     writer.close()
-    result = {"shards": writer.shards, "ledger": ledger, "dropped": dropped, "documents": len(outcomes)}
-    return write_work(work, name, result)
+    found = {"shards": writer.shards, "ledger": ledger, "dropped": dropped, "documents": len(outcomes)}
+    return write_work(work, name, {"name": name, **found})
 
 
 class ShardWriter:
@@ -275,8 +172,8 @@ class ShardWriter:
     shards: their entries in the manifest.
     """
 
-    def __init__(self, out, number, part, tokenizer):
-        self.out, self.number, self.part, self.tokenizer = out, number, part, tokenizer
+    def __init__(self, folder, number, part, tokenizer):
+        self.folder, self.number, self.part, self.tokenizer = folder, number, part, tokenizer
         self.shards = []
         self.pairs = set()  # sources whose documents are pairs of answers
         # By (source, language, split)
@@ -301,7 +198,7 @@ class ShardWriter:
         """Write the waiting documents of a source, language and split as a shard."""
         source, language, split = key
         name = f"{source}-{self.number:05d}-{self.written[source, split]}-{split}"
-        shard = write_shard(self.out, name, self.waiting.pop(key), self.tokenizer)
+        shard = write_shard(self.folder, name, self.waiting.pop(key), self.tokenizer)
         input_file = {"name": self.part.name, "sha256": self.part.sha256}
         kind = {"pairs": True} if source in self.pairs else {}
         of = {"split": split, "source": source, "language": language}
@@ -312,46 +209,6 @@ class ShardWriter:
     def close(self):
         for key in list(self.waiting):
             self.flush(key)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# --show-dropped: each near copy with its original
-
-
-def print_near_copies(cleaned, originals, known, out, work, show):
-    """Print up to `show` near copies of each source, each with the earlier document that it was taken for.
-
-    originals: of decide. known: the manifest's entries of the shards that were there before.
-    """
-    ends = np.cumsum([shard["documents"] for shard in known], dtype=int)
-    total = number = int(ends[-1]) if known else 0
-    pairs = {}  # source: [(number, original), ...]
-    for result, part_originals in zip(cleaned, originals):
-        source_of = read_hashes(work, result)[:, 5]
-        for i in np.flatnonzero(part_originals >= 0).tolist():
-            of_source = pairs.setdefault(result["sources"][int(source_of[i])], [])
-            if len(of_source) < show:
-                of_source.append((number + i, int(part_originals[i])))
-        number += len(part_originals)
-    wanted = {number for of_source in pairs.values() for pair in of_source for number in pair}
-    texts = {number: text_in_shards(number, ends, known, out) for number in wanted if number < total}
-    new = (pair for result in cleaned for pair in read_documents(work, result))
-    texts |= {i: document.text for i, (_, document) in enumerate(new if wanted else (), total) if i in wanted}
-    for source, of_source in pairs.items():
-        for number, original in of_source:
-            print(f"{source}: near_duplicate dropped {texts[number]!r}\n    as a near copy of {texts[original]!r}")
-
-
-def text_in_shards(number, ends, shards, out):
-    """The text of a document in the shards, by its number; ends: the number after each shard's last document."""
-    i = int(np.searchsorted(ends, number, side="right"))
-    at = number - (int(ends[i - 1]) if i else 0)
-    bounds, tokens = (
-        np.load(out / f"{shards[i]['name']}.{array}.npy", mmap_mode="r", allow_pickle=False)
-        for array in ("ends", "tokens")
-    )
-    ids = tokens[int(bounds[at - 1]) if at else 0 : int(bounds[at])].tolist()
-    return load_tokenizer(out).decode(ids)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -366,6 +223,7 @@ def prepare(
     pipeline="auto",
     reference=None,
     workers=1,
+    cluster=None,
     exams="text",
     judge_chats=False,
     show_dropped=0,
@@ -379,10 +237,12 @@ def prepare(
     if (out / "manifest.json").exists() and not inputs:
         fix = "name files to add to it, choose another --out, or delete the folder"
         raise ValueError(f"{out} is prepared already: {fix}")
-    parts = file_parts(inputs, out) if inputs else default_parts()
-    out.mkdir(parents=True, exist_ok=True)
-    with folder_lock(out):
-        work = out / ".work"
+    work = out / ".work"
+    with contextlib.ExitStack() as held:
+        run = held.enter_context(worker_processes(workers, cluster, work))
+        parts = file_parts(inputs, out) if inputs else default_parts()
+        out.mkdir(parents=True, exist_ok=True)
+        held.enter_context(folder_lock(out))
         manifest = {"tokenizer": None, "parts": 0, "inputs": [], "shards": [], "ledger": {}}
         if (out / "manifest.json").exists():
             manifest = read_manifest(out)
@@ -404,9 +264,9 @@ def prepare(
             "show_changed": show_changed,
         }
         clean_one = functools.partial(clean_part, work=work, pipeline=pipeline, **choices)
-        cleaned = in_parallel(clean_one, parts, workers, "cleaning", sum(part.size for part in parts), "B")
+        cleaned = run(clean_one, parts, "cleaning", sum(part.size for part in parts), "B")
         refuse_malformed(parts, cleaned)
-        outcomes, originals = decide(cleaned, out, work, manifest, reference, pipeline != "none", workers)
+        outcomes, originals = decide(cleaned, out, work, manifest, reference, pipeline != "none", run)
         if not manifest["shards"] and not any((part_outcomes == TRAIN).any() for part_outcomes in outcomes):
             print_changed(cleaned, show_changed)
             print_dropped(cleaned, show_dropped)
@@ -415,12 +275,13 @@ def prepare(
             raise ValueError(f"no text to train on in {names}: {why}; add more text")
         if not manifest["tokenizer"]:
             manifest["tokenizer"] = make_tokenizer(tokenizer or "sp", vocab_size, cleaned, outcomes, out, work)
-        written = write_parts(parts, cleaned, outcomes, manifest, out, work, workers, show_dropped)
+        written = write_parts(parts, cleaned, outcomes, manifest, out, work, run, show_dropped)
         print_changed(cleaned, show_changed)
         print_dropped([*cleaned, *written], show_dropped)
         if show_dropped:
             print_near_copies(cleaned, originals, manifest["shards"], out, work, show_dropped)
 
+        move_shards(written, work, out)
         extend_manifest(manifest, parts, cleaned, written)
         write_atomically(out / "manifest.json", json.dumps(manifest, ensure_ascii=False, indent=1).encode("utf-8"))
         remove_other_shards(out, manifest)
@@ -437,7 +298,7 @@ def refuse_known(parts, known_files):
                 raise ValueError(f"{path}: was already added (as {known_files[sha256]}): leave it out")
 
 
-def write_parts(parts, cleaned, outcomes, manifest, out, work, workers, show):
+def write_parts(parts, cleaned, outcomes, manifest, out, work, run, show):
     """write_part for all parts, numbered after those that are in the folder."""
     tasks = []
     for number, (part, result, part_outcomes) in enumerate(zip(parts, cleaned, outcomes), manifest["parts"]):
@@ -446,7 +307,14 @@ def write_parts(parts, cleaned, outcomes, manifest, out, work, workers, show):
         tasks.append((number, part, result, path))
     tokenizer = out / manifest["tokenizer"]["file"]
     write_one = functools.partial(write_part, out=out, work=work, tokenizer=tokenizer, show=show)
-    return in_parallel(write_one, tasks, workers, "tokenising", sum(map(len, outcomes)), " documents")
+    return run(write_one, tasks, "tokenising", sum(map(len, outcomes)), " documents")
+
+
+def move_shards(written, work, out):
+    """Move the shards of write_part into the folder, but those that a killed run has moved already."""
+    for result in written:
+        for path in (work / result["name"]).glob("*.npy"):
+            os.replace(path, out / path.name)
 
 
 def extend_manifest(manifest, parts, cleaned, written):

@@ -121,7 +121,7 @@ def hashes_of(batch, sources):
 
 def read_hashes(work, result):
     """The rows that hashes_of made of all documents that clean_part left."""
-    return np.load(work / f"{result['key']}.hashes.npy", allow_pickle=False)
+    return np.load(work / f"{result['key']}.hashes.npy", mmap_mode="r", allow_pickle=False)
 
 
 def read_documents(work, result):

@@ -17,6 +17,7 @@ SHINGLE = 6  # characters
 MIN_SHINGLES = 20  # distinct ones; what has fewer is a near copy only of the same text
 MAX_DISTANCE = 4  # bits in which the first words of near copies may differ
 MAX_DISTANCE_OF_BOTH = 12  # bits in which both words together may
+PIECE = 1 << 21  # so many are compared at once, about: this bounds the memory that it takes
 MOST_COMPARED = 128  # of those that agree in two bands, each meets so many: else time would grow with their square
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -111,59 +112,80 @@ def simhash(hashes, counts):
 # ----------------------------------------------------------------------------------------------------------------------
 # Near copies
 
+EDGES = [64 * i // (MAX_DISTANCE + 2) for i in range(MAX_DISTANCE + 3)]
+BANDS = list(zip(EDGES, EDGES[1:]))  # of bits of the first word
 
-def near_copies(prints):
+
+def near_copies(prints, find_pairs=None):
     """Fingerprints [n, 2] uint64 -> [n] int: for each the first earlier one that stays and that it is a near copy of.
 
     What is near to none of those that stay gives its own index, and stays. Pairs are found whose first words are within
     MAX_DISTANCE: the 64 bits are divided into MAX_DISTANCE + 2 bands, so two such words agree in at least two bands,
     and meet where all are sorted by these two (Manku et al. 2007, section 3). The second words confirm a pair: without
     them, thousands of files under one licence would hang together by a few chance pairs. Nearness is not passed on: a
-    copy of a copy stays if it is far enough from what stays. 10 million random prints take 2 GB.
+    copy of a copy stays if it is far enough from what stays.
+
+    find_pairs(prints): what near_pairs finds in all pieces_of(len(prints)), a list; without, one after the other here.
     """
+    find_pairs = find_pairs or (lambda prints: [near_pairs(piece, prints) for piece in pieces_of(len(prints))])
     both = mixed(prints[:, 1])
     both ^= prints[:, 0]
     first, back = np.unique(both, return_index=True, return_inverse=True)[1:]
     del both
     order = np.argsort(first)  # distinct prints in the order of their first appearance
     first, place = first[order], np.argsort(order)
-    original = originals(near_pairs(prints, first), len(first))
-    return first[original[place[back]]]
+    back = place[back]
+    del order, place
+    found = np.unique(np.concatenate([np.zeros(0, dtype=np.uint64), *find_pairs(prints[first])]))
+    return first[originals(found, len(first))[back]]
 
 
-def near_pairs(prints, first):
-    """The pairs (earlier, later) of near ones among prints[first], [m, 2] indices into first, by the later one."""
-    values, found = prints[first, 0], [np.zeros(0, dtype=np.uint64)]
-    edges = np.linspace(0, 64, MAX_DISTANCE + 3).astype(int)
-    bands = []
-    for low, high in zip(edges, edges[1:]):
-        bands.append(((values >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1), high - low))
-    for (one, _), (other, bits) in itertools.combinations(bands, 2):
+def pieces_of(n):
+    """The pieces in which near_pairs compares n prints: (two bands, first key, the key after the last)."""
+    ranges = n // PIECE + 1
+    for bands in itertools.combinations(BANDS, 2):
+        keys = 1 << sum(high - low for low, high in bands)
+        cuts = [keys * i // ranges for i in range(ranges + 1)]
+        yield from ((bands, first, stop) for first, stop in zip(cuts, cuts[1:]))
+
+
+def near_pairs(piece, prints):
+    """The pairs of near prints that agree in two bands, with a key in a range: numbers later << 32 | earlier, [m]."""
+    ((low, high), (other_low, other_high)), first, stop = piece
+    chosen = [np.zeros(0, dtype=np.uint64)]
+    for start in range(0, len(prints), 1 << 20):
+        words = prints[start : start + (1 << 20), 0]
+        key = bits_of(words, low, high) << np.uint64(other_high - other_low) | bits_of(words, other_low, other_high)
+        own = np.flatnonzero((key >= first) & (key < stop))
         # Key and index in one number: sorting numbers is ten times as fast as argsort.
-        key = one << np.uint64(bits) | other
-        keyed = np.sort(key << np.uint64(32) | np.arange(len(values), dtype=np.uint64))
-        index, key = (keyed & np.uint64(0xFFFFFFFF)).astype(np.int64), keyed >> np.uint64(32)
-        left = np.arange(len(values))
-        for step in range(1, MOST_COMPARED):  # each with the one `step` places later, while their keys are equal
-            left = left[: np.searchsorted(left, len(values) - step)]
-            left = left[key[left] == key[left + step]]
-            if not len(left):
-                break
-            a, b = index[left], index[left + step]
-            distance = np.bitwise_count(values[a] ^ values[b])
-            near = distance <= MAX_DISTANCE
-            a, b, distance = a[near], b[near], distance[near]
-            distance += np.bitwise_count(prints[first[a], 1] ^ prints[first[b], 1])
-            near = distance <= MAX_DISTANCE_OF_BOTH
-            found.append(b[near].astype(np.uint64) << np.uint64(32) | a[near].astype(np.uint64))
-    found = np.unique(np.concatenate(found))
-    return np.stack([found & np.uint64(0xFFFFFFFF), found >> np.uint64(32)], axis=1).astype(np.int64)
+        chosen.append(key[own] << np.uint64(32) | (own + start).astype(np.uint64))
+    key = np.sort(np.concatenate(chosen))
+    index, key = key & np.uint64(0xFFFFFFFF), key >> np.uint64(32)
+    words = prints[index.astype(np.int64)]
+    found = [np.zeros(0, dtype=np.uint64)]
+    left = np.arange(len(key))
+    for step in range(1, MOST_COMPARED):  # each with the one `step` places later, while their keys are equal
+        left = left[: np.searchsorted(left, len(key) - step)]
+        left = left[key[left] == key[left + step]]
+        if not len(left):
+            break
+        distance = np.bitwise_count(words[left, 0] ^ words[left + step, 0])
+        near = left[distance <= MAX_DISTANCE]
+        distance = np.bitwise_count(words[near] ^ words[near + step]).sum(1)
+        near = near[distance <= MAX_DISTANCE_OF_BOTH]
+        found.append(index[near + step] << np.uint64(32) | index[near])
+    return np.concatenate(found)
 
 
-def originals(pairs, n):
-    """Pairs of near_pairs among n -> [n]: of each that is near to one that stays the first such one, else itself."""
+def bits_of(words, low, high):
+    return (words >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
+
+
+def originals(found, n):
+    """Sorted pairs of near_pairs, among n -> [n]: of what is near to one that stays the first such one, else itself."""
     original = np.arange(n)
-    for a, b in pairs.tolist():
+    earlier, later = (found & np.uint64(0xFFFFFFFF)).astype(np.int64), (found >> np.uint64(32)).astype(np.int64)
+    for a, b in zip(earlier.tolist(), later.tolist()):
         if original[a] == a and original[b] == b:
             original[b] = a
     return original

@@ -3,9 +3,11 @@
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import json
 import multiprocessing
 import os
+import platform
 import signal
 import threading
 import time
@@ -25,12 +27,27 @@ def digest_of(*things):
     return hashlib.sha256(repr(things).encode("utf-8", errors="replace")).hexdigest()[:24]
 
 
+PACKAGES = "numpy ftfy opencc trafilatura lxml_html_clean pyarrow sentencepiece tiktoken".split()
+
+
 @functools.cache
-def code_digest():
-    """A hash of the code that shards depend on, so that work files of other code are not used."""
+def surroundings():
+    """What shards depend on beside the input: {name: version} of our code, Python and packages."""
     folder = Path(__file__).parent.parent
     files = [folder / name for name in ("prepare.py", "tokenizer.py", "data.py")]
-    return digest_of(*(path.read_bytes() for path in files + sorted(folder.glob("corpus/*.py"))))
+    code = digest_of(*(path.read_bytes() for path in files + sorted(folder.glob("corpus/*.py"))))
+    versions = {"code": code, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def code_digest():
+    """A hash of all that shards depend on beside the input, so that work files of other code are not used."""
+    return digest_of(surroundings())
 
 
 def read_work(work, name):
@@ -69,7 +86,7 @@ def start_worker(counts, parent):
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def in_parallel(function, tasks, workers, what, total, unit):
+def in_parallel(workers, function, tasks, what, total, unit):
     """[function(task) for task in tasks] in several processes, with a bar of `total` documents, or bytes if unit is B.
 
     function and tasks are pickled for the workers, which are new processes. ValueError if one of them is killed.

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from corpus.cleaning import clean_part
+from corpus.decisions import NEAR_DUPLICATE, outcomes_of
 from corpus.default import fetch, fetch_qwen, read_newspaper
 from corpus.filters import class_table
 from corpus.formats import file_parts
 from corpus.pipelines import PIPELINES
 from extras.timing import timed
-from prepare import NEAR_DUPLICATE, outcomes_of
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -129,7 +129,7 @@ def cleaning_speed(path, work):
     class_table()  # made once a process, and not part of the measurement
     took, result = timed(functools.partial(clean_part, file_parts([path])[0], work, "zh"))
     hashes = np.load(work / f"{result['key']}.hashes.npy", allow_pickle=False)
-    more, _ = timed(lambda: outcomes_of(hashes[:, :4], hashes[:0, :4], np.zeros(len(hashes), dtype=bool), near=True))
+    more, _ = timed(lambda: outcomes_of(hashes[:, :4], 0, np.zeros(len(hashes), dtype=bool), near=True))
     return sum(counts["read"][1] for counts in result["ledger"].values()) / (took + more)
 
 
@@ -138,7 +138,7 @@ def copy_search(n):
     hashes = np.random.default_rng(0).integers(0, 1 << 64, (n, 4), dtype=np.uint64)
     copies = hashes[n // 2 :: 1000, 2:]
     copies[:] = hashes[: len(copies), 2:] ^ np.uint64(0b1011)  # 3 bits of each word apart
-    took, (outcomes, _) = timed(lambda: outcomes_of(hashes, hashes[:0], np.zeros(n, dtype=bool), near=True))
+    took, (outcomes, _) = timed(lambda: outcomes_of(hashes, 0, np.zeros(n, dtype=bool), near=True))
     return took, int((outcomes == NEAR_DUPLICATE).sum())
 
 

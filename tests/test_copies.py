@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from corpus.copies import MOST_COMPARED, fingerprints, near_copies
+from corpus.decisions import REFERENCE_CHARACTERS
 from corpus.default import fetch, read_newspaper
 from corpus.ngrams import ngram_counts
 from corpus.reference import MAX_PERPLEXITY, NGram
 from extras.copies import LICENCE, measure, sentences
-from prepare import REFERENCE_CHARACTERS
 
 ALPHABET = "却说曹操引兵渡河ab 1\n，。é😀"
 

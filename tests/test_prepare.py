@@ -16,11 +16,11 @@ from conftest import ROOT, call, python, refused
 import common
 import prepare
 from corpus import default
+from corpus.decisions import OUTCOMES, outcomes_of
 from corpus.default import fetch, read_novel
 from corpus.mappers import clean_text
 from corpus.work import folder_lock
 from data import TokenData, inputs_and_targets, shard_path
-from prepare import outcomes_of
 from tokenizer import load_tokenizer
 
 SMALL = ["--vocab-size", "330", "--workers", "1", "--pipeline", "none"]
@@ -256,11 +256,13 @@ def test_what_becomes_of_a_document():
         return np.array(four, dtype=np.uint64).reshape(-1, 4)
 
     def outcomes(new, known, near=True):
-        indices, originals = outcomes_of(new, known, surprising, near)
-        is_copy = [prepare.OUTCOMES[i] == "near_duplicate" for i in indices]
+        hashes = np.concatenate([known, new])
+        is_surprising = np.append(np.zeros(len(known), dtype=bool), surprising)
+        indices, originals = outcomes_of(hashes, len(known), is_surprising, near)
+        is_copy = [OUTCOMES[i] == "near_duplicate" for i in indices]
         assert [original >= 0 for original in originals] == is_copy
         found.extend(originals[is_copy])
-        return [prepare.OUTCOMES[i] for i in indices]
+        return [OUTCOMES[i] for i in indices]
 
     found = []
 
@@ -519,7 +521,7 @@ import sys, time
 sys.path.insert(0, ROOT)
 from corpus.work import in_parallel
 if __name__ == "__main__":
-    in_parallel(time.sleep, [60, 60], 2, "", 1, "B")
+    in_parallel(2, time.sleep, [60, 60], "", 1, "B")
 """.replace("ROOT", repr(str(ROOT)))
 
 
