@@ -94,7 +94,7 @@ def read_manifest(folder):
 
 
 DTYPES = {"tokens": (np.uint16, np.uint32), "mask": (np.uint8,)}  # of what is served; only chats have masks
-
+HEADER = 128  # bytes of a .npy file of one dimension, before its numbers
 
 MAX_OPEN = 1 << 16
 
@@ -134,7 +134,7 @@ class TokenData:
         self.open = functools.lru_cache(maxsize=max_open_files() // 4)(self._open)
         for k, shard in enumerate(self.shards):
             for kind in DTYPES.keys() & shard["sha256"].keys():
-                self.open(k, kind)
+                self._check_size(k, kind)
         self.pairs = any(shard.get("pairs") for shard in self.manifest["shards"])
         if self.pairs and not all(shard.get("pairs") for shard in self.manifest["shards"]):
             raise ValueError(f"{path} has pairs of answers and other text: prepare each in a folder of its own")
@@ -159,8 +159,18 @@ class TokenData:
                 f"{longest}: give prepare.py more text, or train.py a smaller --block-size"
             )
 
+    def _check_size(self, k, kind):
+        """ValueError if a shard's array is missing or of another size: found here, and not in the middle of a run."""
+        path = shard_path(self.path, self.shards[k]["name"], kind)
+        sizes = [HEADER + self.shards[k]["tokens"] * np.dtype(dtype).itemsize for dtype in DTYPES[kind]]
+        if not path.exists() or path.stat().st_size not in sizes:
+            self._refuse(path)
+
     def _open(self, k, kind):
-        """Shard k's array of a kind, mapped into memory; self.open keeps as many open as there may be open files."""
+        """Shard k's array of a kind, mapped into memory.
+
+        self.open does this when the first sample of a shard is asked for, and keeps as many as there may be open files.
+        """
         path = shard_path(self.path, self.shards[k]["name"], kind)
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -53,7 +53,7 @@ def connected(address):
         socket.create_connection((url.hostname, url.port), timeout=10).close()
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"--cluster {address}: no scheduler answers ({error}); {fix}") from None
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what goes wrong is said in one line here
+    logging.disable(logging.CRITICAL)  # what goes wrong is said in one line here
     with distributed.Client(address, timeout=10) as client:
         if not client.scheduler_info()["workers"]:
             raise ValueError(f"--cluster {address}: the scheduler has no workers; {fix}")

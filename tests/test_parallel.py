@@ -2,13 +2,12 @@
 
 import random
 import shutil
-import socket
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, call, finish, log_lines, losses, start, torchrun, weights
+from conftest import ROOT, TINY, call, finish, free_port, log_lines, losses, start, torchrun, weights
 
 from parallel import Ranks, exact_sums, gather_state, local_shard, shard_dim
 
@@ -123,11 +122,8 @@ def test_two_processes_give_the_loss_of_one(whole_run, small_data, tmp_path):
 
 def test_two_nodes_are_two_processes(whole_run, small_data, tmp_path):
     """An agent for each node, as they would be started, on one machine."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     launch = "-m torch.distributed.run --nnodes 2 --nproc_per_node 1 --rdzv_backend c10d".split()
-    launch += ["--rdzv_endpoint", f"localhost:{port}"]
+    launch += ["--rdzv_endpoint", f"localhost:{free_port()}"]
     command = [sys.executable, *launch, "train.py", "--data", small_data, "--out", tmp_path, *TINY, "--steps", 8]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
     nodes = [subprocess.Popen([str(part) for part in command], cwd=ROOT, **pipes) for _ in range(2)]

