@@ -11,11 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from extras.plot import pyplot
-
-CHINESE_FONTS = """
-    Noto Sans CJK SC, Noto Sans CJK JP, Source Han Sans CN, WenQuanYi Micro Hei, SimHei, PingFang SC
-    """.strip().split(", ")
+from extras.plot import has_chinese_font, pyplot
 
 
 @torch.no_grad()
@@ -111,12 +107,7 @@ def coloured(text, hue):
 def draw_routing(shares, distance, labels, path):
     """Two pictures a layer: the share of each expert in each token, and how many tokens each slot looks back there."""
     plt = pyplot()
-    from matplotlib.font_manager import fontManager
-
-    fonts = sorted(set(CHINESE_FONTS) & {font.name for font in fontManager.ttflist})
-    if fonts:
-        plt.rcParams["font.sans-serif"] = fonts
-    else:
+    if not has_chinese_font(plt):
         print("no Chinese font found: the picture numbers the tokens")
         labels = list(map(str, range(len(labels))))
     n_layer, n_tokens = shares.shape[:2]

@@ -1,6 +1,8 @@
 """The data stage for extras.speed: tokenising, cleaning, near copies, processes and memory."""
 
+import contextlib
 import functools
+import io
 import json
 import multiprocessing
 import random
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from corpus import cluster
 from corpus.cleaning import clean_part
 from corpus.decisions import NEAR_DUPLICATE, outcomes_of
 from corpus.default import fetch, fetch_qwen, read_newspaper
@@ -20,6 +23,7 @@ from corpus.filters import class_table
 from corpus.formats import file_parts
 from corpus.pipelines import PIPELINES
 from extras.timing import timed
+from prepare import prepare
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -149,6 +153,21 @@ def prepare_seconds(inputs, out, workers):
     return timed(lambda: subprocess.run([str(part) for part in command], check=True, capture_output=True))[0]
 
 
+def stage_seconds(path, out):
+    """Of prepare.py in one process -> seconds [that it takes alone, that are divided where there are more workers]."""
+    divided = []
+
+    def in_one_process(workers, function, tasks, *_):
+        took, results = timed(lambda: [function(task) for task in tasks])
+        divided.append(took)
+        return results
+
+    cluster.in_parallel = in_one_process
+    with contextlib.redirect_stdout(io.StringIO()):
+        took, _ = timed(lambda: prepare([path], out, tokenizer="qwen", pipeline="zh"))
+    return np.array([took - sum(divided), sum(divided)])
+
+
 def slowest_operators(n):
     """The n slowest [(seconds, operator, hostile text)]."""
     operators = {operator for pipeline in PIPELINES.values() for operator in pipeline.operators()}
@@ -187,6 +206,13 @@ def benchmark_data(args):
         one, two = (prepare_seconds(inputs, folder / str(workers), workers) for workers in (1, 2))
         megabytes = f"{4 * args.megabytes:g} MB"
         print(f"all of prepare.py on {megabytes}: 1 process {one:.1f} s, 2 processes {two:.1f} s: {one / two:.2f}x")
+
+        one, four = (in_own_process(stage_seconds, files[name], folder / f"of-{name}")[0] for name in ("a", "four"))
+        more = (files["four"].stat().st_size - files["a"].stat().st_size) / 1e9
+        alone, divided = (four - one) / more
+        print(f"a GB takes one process {alone:.1f} s, and {divided:.0f} s that are divided among --workers")
+        hours = ", ".join(f"{n}: {100 * (alone + divided / n) / 3600:.1f}" for n in (1, 2, 8, 16, 32, 64))
+        print(f"    by this, hours for 100 GB with so many --workers: {hours}")
 
     slowest = ", ".join(f"{operator} on {name} {took:.2f} s" for took, operator, name in slowest_operators(3))
     print(f"slowest operators on a million hostile characters: {slowest}")
