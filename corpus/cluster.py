@@ -48,13 +48,14 @@ def connected(address):
     except ImportError:
         raise ValueError("--cluster needs dask.distributed: pip install distributed") from None
     fix = "start them: dask scheduler, and on each machine dask worker tcp://HOST:8786 --nworkers 16 --nthreads 1"
+    logging.disable(logging.CRITICAL)  # what goes wrong is said in one line here
     try:
         url = urlsplit(address)
-        socket.create_connection((url.hostname, url.port), timeout=10).close()
+        socket.create_connection((url.hostname, url.port), timeout=10).close()  # dask itself would wait for it
+        client = distributed.Client(address, timeout=10)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"--cluster {address}: no scheduler answers ({error}); {fix}") from None
-    logging.disable(logging.CRITICAL)  # what goes wrong is said in one line here
-    with distributed.Client(address, timeout=10) as client:
+    with client:
         if not client.scheduler_info()["workers"]:
             raise ValueError(f"--cluster {address}: the scheduler has no workers; {fix}")
         yield client

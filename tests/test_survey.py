@@ -40,9 +40,7 @@ def test_the_texts_of_a_source_are_those_that_were_prepared(folder, texts):
     assert set(sources) == {"one zh", "two zh", "two en", "chat-messages zh"}
     assert sorted(sources["one zh"].texts) == sorted(texts["one"])
     assert sorted(sources["two zh"].texts) == sorted(texts["two"][:-1]) and sources["two en"].texts == texts["two"][-1:]
-    assert sources["chat-messages zh"].texts == [
-        "system\nYou are a helpful assistant.\nuser\n却说曹操如何？\nassistant\n且听下回分解，自有分晓。\n"
-    ]
+    assert sources["chat-messages zh"].texts == ["且听下回分解，自有分晓。"]
     own = "\n".join(sources["one zh"].texts).encode("utf-8")
     assert sources["one zh"].compression() == len(own) / len(zlib.compress(own, 9))
     assert sources["one zh"].total("documents") == 7 and sources["one zh"].language == "zh"
