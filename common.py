@@ -140,7 +140,7 @@ def peak_flops(device):
 def flops_per_token(model, T):
     """Forward and backward, per token of a text of T tokens: 6 per weight in a matmul; causal attention is half."""
     weights = model.n_params() - (0 if model.config.tie_embeddings else model.embedding.numel())
-    return 6 * weights + 6 * model.config.n_layer * model.config.d_model * T
+    return 6 * weights + 6 * model.config.n_layer * model.config.n_head * model.config.head_width * T
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ class Config:
     d_model: int = 128
     n_head: int = 4
     n_kv_head: int = 4
+    head_dim: int = 0  # width of a head; 0: d_model / n_head
+    qk_norm: bool = False  # RMSNorm of each head's q and k, and no bias, as in Qwen3; else biases, as in Qwen2
     vocab_size: int = 8192
     block_size: int = 128  # tokens of a sample in training, and the longest context
     ffn: str = "soft_moe"  # or dense: one SwiGLU with as many parameters as all experts together
@@ -49,13 +51,14 @@ class Config:
         problems = []
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
-            least = {"d_expert": 0, "reset_id": -1}.get(name, 1)
+            least = {"d_expert": 0, "head_dim": 0, "reset_id": -1}.get(name, 1)
             if name in CHOICES and value not in CHOICES[name]:
                 problems.append(f"{name} = {value!r}, expected one of {', '.join(CHOICES[name])}")
             if field.type is int and value < least or field.type is float and not 0 < value < math.inf:
                 problems.append(f"{name} = {value}, expected a positive number")
-        if not problems and self.d_model % (2 * self.n_head):
-            problems.append(f"d_model = {self.d_model} is not a multiple of 2 x n_head = {2 * self.n_head}")
+        if not problems and (self.head_dim or self.d_model / self.n_head) % 2:
+            width = f"{self.head_dim or self.d_model / self.n_head:g}"
+            problems.append(f"head_dim, or d_model / n_head, is {width}, expected an even number")
         if not problems and self.n_head % self.n_kv_head:
             problems.append(f"n_head = {self.n_head} is not a multiple of n_kv_head = {self.n_kv_head}")
         if not problems and self.reset_id >= 0 and self.reads_ahead:
@@ -72,6 +75,10 @@ class Config:
         return self.window - 1 if self.ffn == "soft_moe" and self.dispatch == "causal" else 0
 
     @property
+    def head_width(self):
+        return self.head_dim or self.d_model // self.n_head
+
+    @property
     def expert_width(self):
         return self.d_expert or 8 * math.ceil(self.d_model / (3 if self.expert == "swiglu" else 4) / self.n_expert)
 
@@ -80,17 +87,15 @@ class Config:
         return (3 if self.expert == "swiglu" else 4) * self.n_expert * self.expert_width // 3
 
 
-PRESETS = {
-    "demo": Config(),
-    "small": Config(n_layer=12, d_model=768, n_head=6, n_kv_head=6, vocab_size=16_384, block_size=1024,
-                    tie_embeddings=True),
-    "base-350m": Config(n_layer=24, d_model=1024, n_head=8, n_kv_head=8, vocab_size=49_152, block_size=2048,
-                        tie_embeddings=True),
-    "steel-1b": Config(n_layer=18, d_model=1792, n_head=32, n_kv_head=32, vocab_size=151_936, block_size=2048,
-                       n_expert=6, d_expert=448, expert="swiglu2", rope_base=1_000_000.0),  # arXiv 2502.06635
+PRESETS = {  # layers, width, heads, key/value heads
+    "demo": Config(3, 128, 4, 4),
+    "small": Config(12, 768, 6, 6, vocab_size=16_384, block_size=1024, tie_embeddings=True),
+    "base-350m": Config(24, 1024, 8, 8, vocab_size=49_152, block_size=2048, tie_embeddings=True),
+    "steel-1b": Config(18, 1792, 32, 32, vocab_size=151_936, block_size=2048, d_expert=448, expert="swiglu2",
+                       rope_base=1_000_000.0),  # arXiv 2502.06635
+    "qwen3-0.6b": Config(28, 1024, 16, 8, head_dim=128, qk_norm=True, vocab_size=151_936, block_size=2048, ffn="dense",
+                         n_expert=1, d_expert=3072, tie_embeddings=True, rope_base=1_000_000.0),  # arXiv 2505.09388
 }  # fmt: skip
-# ----------------------------------------------------------------------------------------------------------------------
-# Positions, cache, attention
 
 
 class Place(NamedTuple):
@@ -126,8 +131,8 @@ def place_tokens(ids, config, cache, dtype, by_blocks=False):
 
 def rotary_angles(positions, config, dtype):
     """cos and sin, [..., T, 2, 1, K], of rotary positions (arXiv 2104.09864), half-split; angles in fp32."""
-    K = config.d_model // config.n_head
-    frequencies = config.rope_base ** (-torch.arange(0, K, 2, device=positions.device, dtype=torch.float32) / K)
+    places = torch.arange(0, config.head_width, 2, device=positions.device, dtype=torch.float32)
+    frequencies = config.rope_base ** (-places / config.head_width)
     angles = positions[..., None].float() * frequencies.repeat(2)
     return torch.stack([angles.cos(), angles.sin()], dim=-2)[..., None, :].to(dtype)
 
@@ -141,7 +146,7 @@ class Cache:
         # Where the document that is being read starts, and whether that can be other than 0.
         self.start, self.bounded = torch.zeros(batch, 1, dtype=torch.long, device=device), config.reset_id >= 0
         self.angles = rotary_angles(torch.arange(max_len, device=device), config, dtype)
-        size = batch, config.n_kv_head, max_len, config.d_model // config.n_head
+        size = batch, config.n_kv_head, max_len, config.head_width
         self.k, self.v = ([torch.zeros(size, **like) for _ in layers] for _ in "kv")
         # Router logits and first-matrix outputs of the last W - 1 tokens: more numbers than x, but nothing to redo.
         widths = config.n_expert * config.slots_per_expert, config.n_expert * 2 * config.expert_width
@@ -149,19 +154,23 @@ class Cache:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions; q, k and v have a bias, as in Qwen1.5 and Qwen2."""
+    """Causal grouped-query attention with rotary positions, as in Qwen2, or with qk_norm as in Qwen3."""
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.d_model // config.n_head
-        self.qkv = nn.Parameter(torch.empty(config.n_head + 2 * config.n_kv_head, self.head_dim, config.d_model))
-        self.qkv_bias = nn.Parameter(torch.empty(self.qkv.shape[:2]))
-        self.out = nn.Parameter(torch.empty(config.d_model, config.d_model))
+        self.n_head, self.n_kv_head, K = config.n_head, config.n_kv_head, config.head_width
+        self.qkv = nn.Parameter(torch.empty(self.n_head + 2 * self.n_kv_head, K, config.d_model))
+        self.qkv_bias = None if config.qk_norm else nn.Parameter(torch.empty(self.qkv.shape[:2]))
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(K, eps=config.norm_eps) for _ in "qk")
+        self.out = nn.Parameter(torch.empty(config.d_model, self.n_head * K))
 
     def forward(self, x, place, cache=None, layer=0):
-        B, T, D = x.shape
-        qkv = F.linear(x, self.qkv.flatten(0, 1), self.qkv_bias.flatten()).view(B, T, -1, self.head_dim)
+        (B, T, _), bias = x.shape, None if self.qkv_bias is None else self.qkv_bias.flatten()
+        qkv = F.linear(x, self.qkv.flatten(0, 1), bias).unflatten(-1, self.qkv.shape[:2])
         qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
+        if bias is None:
+            qk = torch.cat([self.q_norm(qk[:, :, : self.n_head]), self.k_norm(qk[:, :, self.n_head :])], dim=2)
         (cos, sin), (first, second) = place.angles.unbind(2), qk.chunk(2, dim=-1)
         qk = (qk * cos + torch.cat([-second, first], dim=-1) * sin).to(v.dtype)  # turn each pair (x_i, x_{i + K/2})
         q, k, v = (a.transpose(1, 2) for a in (*qk.split([self.n_head, self.n_kv_head], dim=2), v))  # [B, H or G, T, K]
@@ -174,11 +183,7 @@ class Attention(nn.Module):
             y = flex_attention(q, k, v, block_mask=place.mask, enable_gqa=enable_gqa)
         else:
             y = F.scaled_dot_product_attention(q, k, v, place.mask, is_causal=is_causal, enable_gqa=enable_gqa)
-        return F.linear(y.transpose(1, 2).reshape(B, T, D), self.out)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Feed-forward layers
+        return F.linear(y.transpose(1, 2).reshape(B, T, -1), self.out)
 
 
 class Dense(nn.Module):
@@ -335,10 +340,6 @@ class SequenceSoftMoE(SoftMoE):
         return logits.softmax(2).to(x.dtype) @ y
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Loss and decoder
-
-
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Logits [N, V] never exist, only a chunk's. Gradients of a sum are made in forward, of each nat in backward."""
 
@@ -452,10 +453,8 @@ class Decoder(nn.Module):
                 nn.init.ones_(p)  # scale 1: a near-uniform combine, as in the dense layer
             elif leaf in ("qkv_bias", "out", "w_out", "recency"):
                 nn.init.zeros_(p)
-            elif leaf in stds:
-                nn.init.normal_(p, std=stds[leaf])
             else:
-                raise ValueError(f"no initialisation for parameter {name}")
+                nn.init.normal_(p, std=stds[leaf])
             if leaf == "w_out" and p.ndim == 4:  # swiglu2 multiplies two of them: were both zero, neither would learn
                 nn.init.normal_(p[0], std=p.shape[-2] ** -0.5)
             if leaf == "recency":  # a slot starts out reading mostly its own token

@@ -5,6 +5,7 @@
 
     architecture             in Config
     Qwen2ForCausalLM         ffn = dense
+    Qwen3ForCausalLM         ffn = dense, qk_norm
     Qwen2MoeForCausalLM      dispatch = token, router = linear, expert = swiglu: every token goes to every expert
     SteelForCausalLM         dispatch = sequence: the layer as Steel-LLM released it; read only
     NanoSteelForCausalLM     everything else: config.json holds our Config, and no other program can run it
@@ -22,7 +23,7 @@ import torch
 from extras.safetensors_io import read_json, read_safetensors, write_safetensors
 from model import Config, Decoder
 
-QWEN2, QWEN2_MOE = "Qwen2ForCausalLM", "Qwen2MoeForCausalLM"
+QWEN2, QWEN3, QWEN2_MOE = "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen2MoeForCausalLM"
 STEEL, OWN = "SteelForCausalLM", "NanoSteelForCausalLM"
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -41,7 +42,6 @@ FIELDS = {  # their name -> ours
 }
 FIXED = {  # these change what the model computes, and Config has only this value; a missing field or null means it too
     "hidden_act": "silu",
-    "qkv_bias": True,
     "use_sliding_window": False,
     "rope_scaling": None,
     "rope_type": "default",
@@ -65,7 +65,9 @@ def architecture(config):
     if config.reset_id >= 0:  # transformers has no attention that stops at the end of a document
         return OWN
     if config.ffn == "dense":
-        return QWEN2
+        return QWEN3 if config.qk_norm else OWN if config.head_dim else QWEN2
+    if config.qk_norm or config.head_dim:
+        return OWN
     moe = (config.dispatch, config.router, config.expert, config.slots_per_expert)
     return QWEN2_MOE if moe == ("token", "linear", "swiglu", 1) else OWN
 
@@ -134,11 +136,11 @@ def read_config(path):
     kind = STEEL if "FFN_type" in content else (given.take("architectures", list, []) or [None])[0]
     if kind == OWN:
         values = {field.name: given.take(field.name, field.type, field.default) for field in fields(Config)}
-    elif kind in (QWEN2, QWEN2_MOE, STEEL):
-        values = trunk_values(given)
+    elif kind in (QWEN2, QWEN3, QWEN2_MOE, STEEL):
+        values = trunk_values(given, kind)
     else:
-        given.refuse(f"architecture {kind}, expected one of {', '.join((QWEN2, QWEN2_MOE, STEEL, OWN))}")
-    if kind == QWEN2:
+        given.refuse(f"architecture {kind}, expected one of {', '.join((QWEN2, QWEN3, QWEN2_MOE, STEEL, OWN))}")
+    if kind in (QWEN2, QWEN3):
         values |= {"ffn": "dense", "n_expert": 1, "d_expert": given.take("intermediate_size", int)}
     elif kind == QWEN2_MOE:
         moe, shared_width = qwen2_moe_values(given)
@@ -152,8 +154,8 @@ def read_config(path):
         given.refuse(error)
 
 
-def trunk_values(given):
-    """Fields of Config for everything but the feed-forward layers, which is Qwen2 in all three architectures."""
+def trunk_values(given, kind):
+    """Fields of Config for all but the feed-forward layers: of Qwen2, or of Qwen3, which has norms for biases."""
     given.merge_rope_parameters()
     given.drop_default_rope_scaling()
     types = {field.name: field.type for field in fields(Config)}
@@ -162,6 +164,10 @@ def trunk_values(given):
     for name, value in FIXED.items():
         given.require(name, value)
     given.require("layer_types", ["full_attention"] * values["n_layer"])
+    if kind == QWEN3:
+        given.require("attention_bias", False)
+        return values | {"qk_norm": True, "head_dim": given.take("head_dim", int, 128)}  # transformers' default
+    given.require("qkv_bias", True)
     given.require("head_dim", values["d_model"] // (values["n_head"] or 1))  # Config refuses n_head = 0
     return values
 
@@ -201,10 +207,12 @@ def config_json(config, chat=False):
     content = {"architectures": [kind], "chat": chat}
     if kind == OWN:
         return content | asdict(config)
-    model_type = {QWEN2: "qwen2", QWEN2_MOE: "qwen2_moe"}[kind]
+    model_type = {QWEN2: "qwen2", QWEN3: "qwen3", QWEN2_MOE: "qwen2_moe"}[kind]
     content |= {"model_type": model_type, "torch_dtype": "float32", "hidden_act": "silu"}
     content |= {theirs: getattr(config, ours) for theirs, ours in FIELDS.items()}
-    if kind == QWEN2:
+    if kind == QWEN3:
+        content |= {"head_dim": config.head_width, "attention_bias": False}
+    if kind in (QWEN2, QWEN3):
         return content | {"intermediate_size": config.d_dense}
     return content | {
         "num_experts": config.n_expert,
@@ -223,8 +231,8 @@ def config_json(config, chat=False):
 def hugging_face_tensors(model):
     """Yield (name, tensor) for every parameter, as transformers names and shapes it; the tensors are views.
 
-    The trunk is Qwen2's; a Soft MoE is named as in Qwen2-MoE or as Steel-LLM released it. `mlp.recency`, the bias b of
-    the causal dispatch, has no counterpart there.
+    The trunk is Qwen2's or Qwen3's; a Soft MoE is named as in Qwen2-MoE or as Steel-LLM released it. `mlp.recency`,
+    the bias b of the causal dispatch, has no counterpart there.
     """
     config = model.config
     yield "model.embed_tokens.weight", model.embedding
@@ -232,9 +240,14 @@ def hugging_face_tensors(model):
         layer = f"model.layers.{i}."
         attention = block.attention
         heads = [config.n_head, config.n_kv_head, config.n_kv_head]
-        for name, weight, bias in zip("qkv", attention.qkv.split(heads), attention.qkv_bias.split(heads)):
+        for name, weight in zip("qkv", attention.qkv.split(heads)):
             yield layer + f"self_attn.{name}_proj.weight", weight.flatten(0, 1)
-            yield layer + f"self_attn.{name}_proj.bias", bias.flatten()
+        if config.qk_norm:
+            yield layer + "self_attn.q_norm.weight", attention.q_norm.weight
+            yield layer + "self_attn.k_norm.weight", attention.k_norm.weight
+        else:
+            for name, bias in zip("qkv", attention.qkv_bias.split(heads)):
+                yield layer + f"self_attn.{name}_proj.bias", bias.flatten()
         yield layer + "self_attn.o_proj.weight", attention.out
         yield layer + "input_layernorm.weight", block.attention_norm.weight
         yield layer + "post_attention_layernorm.weight", block.ffn_norm.weight

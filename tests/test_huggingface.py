@@ -14,10 +14,11 @@ from test_model import SMALL, randomized, released_steel_layer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2_moe import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
 from checkpoint import load
 from extras.huggingface import export_folder, load_folder
-from model import Decoder
+from model import PRESETS, Decoder
 from sample import generate
 from tokenizer import load_tokenizer
 
@@ -44,6 +45,11 @@ QWEN2_MOE = QWEN2 | {
 def qwen2(**changes):
     """A random Qwen2 of transformers."""
     return randomized(Qwen2ForCausalLM(Qwen2Config(**(QWEN2 | changes))), std=0.3).eval()
+
+
+def qwen3(**changes):
+    """A random Qwen3 of transformers, whose heads are wider than hidden_size / num_attention_heads."""
+    return randomized(Qwen3ForCausalLM(Qwen3Config(**(QWEN2 | {"head_dim": 10} | changes))), std=0.3).eval()
 
 
 @torch.no_grad()
@@ -95,10 +101,13 @@ def assert_same_bits(a, b):
     [
         (qwen2, {}),
         (qwen2, {"tie_word_embeddings": True, "num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
+        (qwen3, {}),
+        (qwen3, {"tie_word_embeddings": True, "num_key_value_heads": 1, "rms_norm_eps": 1e-5}),
+        (qwen3, {"head_dim": 6}),
         (qwen2_moe, {}),
         (qwen2_moe, {"tie_word_embeddings": True, "norm_topk_prob": True, "shared_expert_intermediate_size": 0}),
     ],
-    ids=["qwen2", "qwen2 tied", "moe", "moe tied"],
+    ids=["qwen2", "qwen2 tied", "qwen3", "qwen3 tied", "qwen3 narrow", "moe", "moe tied"],
 )
 def test_models_of_transformers_are_the_same_function_here_and_exported_again(make, changes, tmp_path):
     theirs = make(**changes)
@@ -112,9 +121,40 @@ def test_models_of_transformers_are_the_same_function_here_and_exported_again(ma
     assert_same_function(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), model)
 
 
+def test_training_goes_on_from_a_qwen3_folder(small_data, tmp_path):
+    tokenizer = load_tokenizer(small_data)
+    theirs = qwen3(vocab_size=tokenizer.vocab_size)
+    theirs.save_pretrained(tmp_path / "theirs")
+    shutil.copy(small_data / tokenizer.FILE, tmp_path / "theirs")
+    flags = ["--data", small_data, "--block-size", 32, "--micro-batch", 2, "--eval-tokens", 256, "--no-compile"]
+    python("train.py", *flags, "--init-from", tmp_path / "theirs", "--out", tmp_path / "run", "--steps", 1, "--lr", 0)
+    model = load(tmp_path / "run")[0]
+    assert model.config == replace(model_of(tmp_path / "theirs").config, block_size=32)
+    assert_same_bits(model, model_of(tmp_path / "theirs"))  # after a step of length 0
+    ids = torch.randint(tokenizer.vocab_size, (2, 30))
+    assert_close_logits(model, theirs, ids)
+
+
+def test_layers_of_qwen3s_published_size_are_the_same_function(tmp_path):
+    """Qwen3-0.6B, with two of its 28 layers and 50 ids."""
+    shape = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8}
+    rope = {"rope_type": "default", "rope_theta": 1_000_000.0}
+    theirs = qwen3(
+        **shape, head_dim=128, tie_word_embeddings=True, max_position_embeddings=40_960, rope_parameters=rope
+    )
+    for p in theirs.parameters():
+        p.data *= 0.1 if p.ndim > 1 else 1  # of a size at which 1e-5 is a strict bound
+    theirs.save_pretrained(tmp_path)
+    model = model_of(tmp_path)
+    preset = replace(PRESETS["qwen3-0.6b"], n_layer=2, vocab_size=50, block_size=40_960)
+    assert model.config == preset
+    assert_same_function(theirs, model)
+
+
+@pytest.mark.parametrize("make", [qwen2, qwen3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_becomes_fp32(dtype, tmp_path):
-    qwen2().to(dtype).save_pretrained(tmp_path)
+def test_half_precision_becomes_fp32(dtype, make, tmp_path):
+    make().to(dtype).save_pretrained(tmp_path)
     model = model_of(tmp_path)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert_same_function(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), model)
@@ -186,7 +226,15 @@ def test_a_released_steel_model_is_the_same_function(mlp_type, names, architectu
 # Out
 
 
-@pytest.mark.parametrize("changes", [{"ffn": "dense"}, {"dispatch": "token", "router": "linear"}], ids=str)
+THEIRS_TOO = [
+    {"ffn": "dense"},
+    {"ffn": "dense", "qk_norm": True},
+    {"ffn": "dense", "qk_norm": True, "head_dim": 10},
+    {"dispatch": "token", "router": "linear"},
+]
+
+
+@pytest.mark.parametrize("changes", THEIRS_TOO, ids=str)
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_transformers_can_express_is_the_same_function_there(changes, tied, tmp_path):
     model = ours(tie_embeddings=tied, **changes)
@@ -213,6 +261,9 @@ OURS_ONLY = [
     {"router": "linear"},
     {"dispatch": "sequence"},
     {"ffn": "dense", "reset_id": 0},
+    {"ffn": "dense", "head_dim": 10},
+    {"qk_norm": True, "head_dim": 10},
+    {"dispatch": "token", "router": "linear", "qk_norm": True},
 ]
 
 
@@ -361,7 +412,7 @@ WRONG_CONFIG = [  # a change to the config.json of a Qwen2-MoE; words of the lin
     ({"hidden_size": "24"}, "hidden_size = '24', expected int"),
     (
         {"num_attention_heads": 5, "num_key_value_heads": 5},
-        "d_model = 24 is not a multiple of 2 x n_head = 10",
+        "head_dim, or d_model / n_head, is 4.8, expected an even number",
     ),
     ({"num_attention_heads": 0}, "n_head = 0, expected a positive number"),
     ({"qkv_bias": False}, "qkv_bias = False"),
@@ -380,6 +431,16 @@ WRONG_CONFIG = [  # a change to the config.json of a Qwen2-MoE; words of the lin
         "model.layers.0.mlp.experts.3.gate_proj.weight is missing",
     ),
     ({"FFN_type": "softmoe_v2"}, "FFN_type = 'softmoe_v2'"),
+]
+WRONG_QWEN3 = [  # the same for a Qwen3
+    ({"attention_bias": True}, "attention_bias = True, expected False"),
+    ({"use_sliding_window": True, "sliding_window": 32}, "use_sliding_window = True"),
+    ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_type = 'yarn'"),
+    ({"quantization_config": {"quant_method": "awq"}}, "quantised (quantization_config, awq)"),
+    ({"head_dim": 9}, "head_dim, or d_model / n_head, is 9, expected an even number"),
+    ({"head_dim": 12}, "model.layers.0.self_attn.k_norm.weight is [10], expected [12]"),
 ]
 BIAS = "model.layers.0.self_attn.q_proj.bias"
 SHARED = "model.layers.1.mlp.shared_expert.down_proj.weight"
@@ -405,6 +466,14 @@ def test_a_config_that_cannot_be_represented_is_refused_by_field(changes, words,
     change_json(folder / "config.json", **changes)
     line = refusal_of(folder)
     assert line.startswith(str(folder)) and words in line
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("changes, words", WRONG_QWEN3, ids=[words for _, words in WRONG_QWEN3])
+def test_what_cannot_be_represented_of_a_qwen3_is_refused_by_name(changes, words, tmp_path):
+    qwen3().save_pretrained(tmp_path / "qwen3")
+    change_json(tmp_path / "qwen3" / "config.json", **changes)
+    assert words in refusal_of(tmp_path / "qwen3")
 
 
 @pytest.mark.quick

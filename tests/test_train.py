@@ -277,7 +277,7 @@ def test_flags_that_do_not_fit_are_refused_with_the_numbers(whole_run, small_dat
     product = "micro-batch x block x ranks = 2 x 32 x 1 = 64"
     for flags, message in (
         (["--batch-tokens", 100], f"--batch-tokens 100 is not a multiple of {product}"),
-        (["--n-head", 5], "d_model = 32 is not a multiple of 2 x n_head = 10"),
+        (["--n-head", 5], "head_dim, or d_model / n_head, is 6.4, expected an even number"),
         (["--shard"], "--shard needs several processes: torchrun"),
         (["--block-size", 100_000], "a block of 100000 needs 100001 tokens"),
     ):
