@@ -2,8 +2,8 @@
 
     python -m extras.export out/demo --export out/demo-hf       # a step, or a run: its newest checkpoint
 
-A dense model becomes a Qwen2 and a token-wise Soft MoE with a linear router a Qwen2-MoE, which transformers loads and
-computes alike. Every other model is written for nanoSteel alone (extras/huggingface.py has the table).
+A dense model becomes a Qwen2 or a Qwen3, and a token-wise Soft MoE with a linear router a Qwen2-MoE, which other
+programs know. Every other model is written with its own code, for transformers (extras/huggingface.py has the table).
 """
 
 import argparse
@@ -11,11 +11,12 @@ import argparse
 from checkpoint import load
 from common import run_command
 from extras.huggingface import OWN, architecture, export_folder
+from extras.model_card import model_card
 from extras.transformers_tokenizer import transformers_files
 
 OWN_NOTE = """\
-only nanoSteel reads this folder: other programs know ffn = dense, and dispatch = token with router = linear,
-expert = swiglu and slots_per_expert = 1, both without --reset-at-eos"""
+transformers runs this model by the code in the folder: from_pretrained(DIR, trust_remote_code=True)
+vLLM and llama.cpp do not: they know ffn = dense, and vLLM also dispatch = token with router = linear"""
 
 
 def get_args(argv=None):
@@ -31,13 +32,14 @@ def main(argv=None):
     model, tokenizer, info = load(args.checkpoint)
     files = {name: text.encode("utf-8") for name, text in transformers_files(tokenizer).items()}
     files[tokenizer.FILE] = tokenizer.content
+    kind = architecture(model.config)
+    files["README.md"] = model_card(model, tokenizer, info, kind).encode("utf-8")
     ends = {"bos_token_id": tokenizer.eos_id, "eos_token_id": [tokenizer.eos_id, tokenizer.chat_end_id]}
     padding_ids = range(tokenizer.vocab_size, model.config.vocab_size)
     try:
         export_folder(model, args.export, files, ends, padding_ids, info.chat)
     except OSError as error:
         raise ValueError(f"--export {args.export}: {error.strerror}: name another folder, or make room") from None
-    kind = architecture(model.config)
     print(f"exported: {info.path} -> {args.export}, {kind}")
     if kind == OWN:
         print(OWN_NOTE)

@@ -8,7 +8,7 @@
     Qwen3ForCausalLM         ffn = dense, qk_norm
     Qwen2MoeForCausalLM      dispatch = token, router = linear, expert = swiglu: every token goes to every expert
     SteelForCausalLM         dispatch = sequence: the layer as Steel-LLM released it; read only
-    NanoSteelForCausalLM     everything else: config.json holds our Config, and no other program can run it
+    NanoSteelForCausalLM     everything else: config.json holds our Config, and the folder the code that computes it
 
 A folder is either represented exactly or refused: no field of config.json and no tensor is ignored silently.
 """
@@ -25,6 +25,7 @@ from model import Config, Decoder
 
 QWEN2, QWEN3, QWEN2_MOE = "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen2MoeForCausalLM"
 STEEL, OWN = "SteelForCausalLM", "NanoSteelForCausalLM"
+CODE = [Path(__file__).parent / "modeling_nanosteel.py", Path(__file__).parent.parent / "model.py"]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # config.json
@@ -124,7 +125,7 @@ class ConfigFields:
 
 
 def read_config(path):
-    """config.json -> Config, width of Qwen2-MoE's shared expert (else 0), the file's content as a dict.
+    """config.json -> Config, architecture, width of Qwen2-MoE's shared expert (else 0), the file's content as a dict.
 
     ValueError, naming the field, for whatever Config cannot represent.
     """
@@ -149,7 +150,7 @@ def read_config(path):
         values |= steel_values(given)
     given.require_nothing_left()
     try:
-        return Config(**values), shared_width, content
+        return Config(**values), kind, shared_width, content
     except ValueError as error:
         given.refuse(error)
 
@@ -206,7 +207,9 @@ def config_json(config, chat=False):
     kind = architecture(config)
     content = {"architectures": [kind], "chat": chat}
     if kind == OWN:
-        return content | asdict(config)
+        auto_map = {"AutoConfig": "NanoSteelConfig", "AutoModelForCausalLM": "NanoSteelForCausalLM"}
+        code = {"auto_map": {name: f"modeling_nanosteel.{own}" for name, own in auto_map.items()}}
+        return content | {"model_type": "nanosteel", "torch_dtype": "float32"} | code | asdict(config)
     model_type = {QWEN2: "qwen2", QWEN3: "qwen3", QWEN2_MOE: "qwen2_moe"}[kind]
     content |= {"model_type": model_type, "torch_dtype": "float32", "hidden_act": "silu"}
     content |= {theirs: getattr(config, ours) for theirs, ours in FIELDS.items()}
@@ -228,12 +231,15 @@ def config_json(config, chat=False):
 # Tensors by name. Every linear weight is [out, in]
 
 
-def hugging_face_tensors(model):
-    """Yield (name, tensor) for every parameter, as transformers names and shapes it; the tensors are views.
+def hugging_face_tensors(model, kind):
+    """Yield (name, tensor) for every parameter, as an architecture names and shapes it; the tensors are views.
 
-    The trunk is Qwen2's or Qwen3's; a Soft MoE is named as in Qwen2-MoE or as Steel-LLM released it. `mlp.recency`,
-    the bias b of the causal dispatch, has no counterpart there.
+    In a folder of our own the names are ours. Else the trunk is Qwen2's or Qwen3's, and a Soft MoE is named as in
+    Qwen2-MoE or as Steel-LLM released it.
     """
+    if kind == OWN:
+        yield from ((f"decoder.{name}", p) for name, p in model.named_parameters())
+        return
     config = model.config
     yield "model.embed_tokens.weight", model.embedding
     for i, block in enumerate(model.blocks):
@@ -254,22 +260,19 @@ def hugging_face_tensors(model):
         if config.ffn == "dense":
             yield from swiglu_tensors(layer + "mlp.", block.ffn.w_in, block.ffn.w_out)
         else:
-            yield from soft_moe_tensors(layer + "mlp.", block.ffn, config)
+            yield from soft_moe_tensors(layer + "mlp.", block.ffn, config, kind)
     yield "model.norm.weight", model.norm.weight
     if not config.tie_embeddings:
         yield "lm_head.weight", model.head
 
 
-def soft_moe_tensors(prefix, ffn, config):
+def soft_moe_tensors(prefix, ffn, config, kind):
     """Router and experts of one Soft MoE layer."""
-    if architecture(config) == QWEN2_MOE:
+    if kind == QWEN2_MOE:
         yield prefix + "gate.weight", ffn.phi.T
     else:
         yield prefix + "phi", ffn.phi.unflatten(1, (config.n_expert, -1))
-    if config.router == "cosine":
         yield prefix + "scale", ffn.scale
-    if ffn.window > 1:
-        yield prefix + "recency", ffn.recency
     for e in range(config.n_expert):
         yield from swiglu_tensors(prefix + f"experts.{e}.", ffn.w_in[e], ffn.w_out[..., e, :, :])
 
@@ -316,7 +319,7 @@ def is_down_proj(name):
 def load_folder(folder):
     """A folder -> Decoder (fp32, on the CPU), content of its config.json (dict). ValueError for any other model."""
     folder = Path(folder)
-    config, shared_width, content = read_config(folder / "config.json")
+    config, kind, shared_width, content = read_config(folder / "config.json")
     tensors = read_tensors(folder)
     if config.tie_embeddings and "lm_head.weight" in tensors:  # some programs write it all the same
         if not torch.equal(tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")):
@@ -328,11 +331,11 @@ def load_folder(folder):
             model = Decoder(config)
     except RuntimeError as error:  # torch's own limit on sizes
         raise ValueError(f"{folder / 'config.json'}: {str(error).splitlines()[0]}") from None
-    shapes = {name: tuple(tensor.shape) for name, tensor in hugging_face_tensors(model)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in hugging_face_tensors(model, kind)}
     if problems := mismatches(tensors, shapes, shared):
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"{folder}: " + "; ".join(problems[:3]) + more)
-    for name, tensor in hugging_face_tensors(model.to_empty(device="cpu")):
+    for name, tensor in hugging_face_tensors(model.to_empty(device="cpu"), kind):
         tensor.copy_(tensors[name])
         if shared and is_down_proj(name):
             tensor /= config.n_expert
@@ -394,10 +397,10 @@ def mismatches(tensors, shapes, shared):
 
 
 @torch.no_grad()
-def export_folder(model, folder, tokenizer_files, ends, suppress=(), chat=False):
+def export_folder(model, folder, files, ends, suppress=(), chat=False):
     """Write a model as a folder, new or empty, which appears only when all of it is written.
 
-    tokenizer_files   {name: bytes}, written beside the weights
+    files             {name: bytes} of the tokenizer and the model card, written beside the weights
     ends              {"bos_token_id": ..., "eos_token_id": ...}
     suppress          ids that must never be sampled: the padding of the embedding
     chat              whether sample.py answers by default
@@ -409,8 +412,8 @@ def export_folder(model, folder, tokenizer_files, ends, suppress=(), chat=False)
     if temporary.exists():
         raise ValueError(f"{temporary} is in the way, perhaps left by an export that was interrupted: remove it")
     temporary.mkdir(parents=True)
-    config = model.config
-    tensors = dict(hugging_face_tensors(model))
+    config, kind = model.config, architecture(model.config)
+    tensors = dict(hugging_face_tensors(model, kind))
     if shared := shared_expert_shapes(config, SHARED_WIDTH):
         tensors = {name: t * config.n_expert if is_down_proj(name) else t for name, t in tensors.items()}
         tensors |= {name: torch.zeros(shape) for name, shape in shared.items()}
@@ -418,6 +421,8 @@ def export_folder(model, folder, tokenizer_files, ends, suppress=(), chat=False)
     generation = ends | ({"suppress_tokens": list(suppress)} if suppress else {})
     for name, content in (("config.json", config_json(config, chat) | ends), ("generation_config.json", generation)):
         (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for name, content in tokenizer_files.items():
+    if kind == OWN:
+        files = files | {path.name: path.read_bytes() for path in CODE}
+    for name, content in files.items():
         (temporary / name).write_bytes(content)
     temporary.rename(folder)

@@ -32,7 +32,7 @@ from extras.benchmarks import (
     subject_names,
     user_turn,
 )
-from extras.huggingface import hugging_face_tensors
+from extras.huggingface import architecture, hugging_face_tensors
 from model import Config, Decoder
 from sample import generate
 from tokenizer import load_tokenizer, train_sentencepiece
@@ -264,7 +264,7 @@ def test_log_likelihoods_equal_those_of_transformers(small_data, tmp_path):
         )
     ).eval()
     model, weights = Decoder(config), reference.state_dict()
-    for name, parameter in hugging_face_tensors(model):
+    for name, parameter in hugging_face_tensors(model, architecture(config)):
         parameter.copy_(weights.pop(name))
     assert not weights
 

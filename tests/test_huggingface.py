@@ -347,11 +347,13 @@ def test_the_command_refuses_what_it_cannot_write_or_read(small_data, tmp_path):
     refused(call("sample.py", tmp_path / "small", ok=False), "has 4000 ids, the model beside it 100")
 
 
-def test_an_export_that_only_nanosteel_reads_says_so_and_samples_the_same_text(small_data, tmp_path):
+def test_an_export_with_its_own_code_says_so_and_samples_the_same_text(small_data, tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
     call("train.py", "--data", small_data, "--out", run, *TINY, "--steps", 2)
     said = call("extras.export", run, "--export", out).stdout
-    assert "NanoSteelForCausalLM\nonly nanoSteel reads this folder" in said
+    assert "NanoSteelForCausalLM\ntransformers runs this model by the code in the folder: from_pretrained" in said
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert f"{load(run)[0].n_params():,} parameters" in card and "512 tokens of" in card and "| all | " in card
     texts = [call("sample.py", path, "--temperature", 0).stdout.partition("\n")[2] for path in (run, out)]
     assert texts[0] == texts[1]
 

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 from torch.nn.attention import flex_attention
 
-from extras.huggingface import hugging_face_tensors
+from extras.huggingface import STEEL, hugging_face_tensors
 from extras.timing import peak_memory
 from model import (
     PRESETS,
@@ -417,7 +417,8 @@ def released_steel_layer(x, tensors):
 def test_sequence_dispatch_is_the_released_layer(slots, expert):
     model = small(dispatch="sequence", expert=expert, slots_per_expert=slots)
     prefix = "model.layers.1.mlp."
-    tensors = {name.removeprefix(prefix): p for name, p in hugging_face_tensors(model) if name.startswith(prefix)}
+    of_steel = hugging_face_tensors(model, STEEL)
+    tensors = {name.removeprefix(prefix): p for name, p in of_steel if name.startswith(prefix)}
     x = torch.randn(3, 17, 24, dtype=torch.float64)
     expected = torch.stack([released_steel_layer(row, tensors) for row in x])
     torch.testing.assert_close(model.blocks[1].ffn(x, None), expected, rtol=0, atol=1e-12)
@@ -601,7 +602,7 @@ def test_sizes_of_the_presets():
     with torch.device("meta"):
         steel = Decoder(replace(PRESETS["steel-1b"], dispatch="sequence"))
         assert steel.n_params() == 1_122_922_770
-        tensors = list(hugging_face_tensors(steel))
+        tensors = list(hugging_face_tensors(steel, STEEL))
         D, V, h = 1792, 151_936, 448
         released = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,), "lm_head.weight": (V, D)}
         layer = {f"{name}_layernorm.weight": (D,) for name in ("input", "post_attention")}
