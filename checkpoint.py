@@ -52,8 +52,7 @@ def load(path):
         from extras.huggingface import load_folder
 
         model, found = load_folder(path)
-        ours = found.get("architectures") == ["NanoSteelForCausalLM"]
-        info = Info(path, chat=bool(found.get("chat", False)), eos_first=ours)
+        info = Info(path, chat=bool(found.get("chat", False)), eos_first=bool(found.get("eos_first", False)))
     elif (path / "adapter_config.json").exists():
         raise ValueError(
             f"{path} is an adapter (LoRA), not a model: merge it into its model first (peft: merge_and_unload)"

@@ -37,7 +37,7 @@ def main(argv=None):
     ends = {"bos_token_id": tokenizer.eos_id, "eos_token_id": [tokenizer.eos_id, tokenizer.chat_end_id]}
     padding_ids = range(tokenizer.vocab_size, model.config.vocab_size)
     try:
-        export_folder(model, args.export, files, ends, padding_ids, info.chat)
+        export_folder(model, args.export, files, ends, padding_ids, info.chat, info.eos_first)
     except OSError as error:
         raise ValueError(f"--export {args.export}: {error.strerror}: name another folder, or make room") from None
     print(f"exported: {info.path} -> {args.export}, {kind}")

@@ -56,7 +56,8 @@ IGNORED = set(
     """
     architectures auto_map model_type _name_or_path transformers_version torch_dtype dtype _attn_implementation
     use_cache initializer_range attention_dropout output_router_logits router_aux_loss_coef
-    bos_token_id eos_token_id pad_token_id sliding_window max_window_layers intermediate_size norm_topk_prob chat
+    bos_token_id eos_token_id pad_token_id sliding_window max_window_layers intermediate_size norm_topk_prob
+    chat eos_first
     """.split()
 )
 
@@ -202,12 +203,12 @@ def steel_values(given):
     }
 
 
-def config_json(config, chat=False):
-    """Config -> the content of config.json. `chat` is for sample.py: whether the model answers by default."""
+def config_json(config, chat=False, eos_first=False):
+    """Config -> the content of config.json. chat and eos_first: of checkpoint.Info, for nanoSteel alone."""
     kind = architecture(config)
-    content = {"architectures": [kind], "chat": chat}
+    content = {"architectures": [kind], "chat": chat, "eos_first": eos_first}
     if kind == OWN:
-        auto_map = {"AutoConfig": "NanoSteelConfig", "AutoModelForCausalLM": "NanoSteelForCausalLM"}
+        auto_map = {"AutoConfig": "NanoSteelConfig", "AutoModel": "NanoSteelModel", "AutoModelForCausalLM": OWN}
         code = {"auto_map": {name: f"modeling_nanosteel.{own}" for name, own in auto_map.items()}}
         return content | {"model_type": "nanosteel", "torch_dtype": "float32"} | code | asdict(config)
     model_type = {QWEN2: "qwen2", QWEN3: "qwen3", QWEN2_MOE: "qwen2_moe"}[kind]
@@ -238,7 +239,7 @@ def hugging_face_tensors(model, kind):
     Qwen2-MoE or as Steel-LLM released it.
     """
     if kind == OWN:
-        yield from ((f"decoder.{name}", p) for name, p in model.named_parameters())
+        yield from ((f"model.decoder.{name}", p) for name, p in model.named_parameters())
         return
     config = model.config
     yield "model.embed_tokens.weight", model.embedding
@@ -397,13 +398,13 @@ def mismatches(tensors, shapes, shared):
 
 
 @torch.no_grad()
-def export_folder(model, folder, files, ends, suppress=(), chat=False):
+def export_folder(model, folder, files, ends, suppress=(), chat=False, eos_first=False):
     """Write a model as a folder, new or empty, which appears only when all of it is written.
 
     files             {name: bytes} of the tokenizer and the model card, written beside the weights
     ends              {"bos_token_id": ..., "eos_token_id": ...}
     suppress          ids that must never be sampled: the padding of the embedding
-    chat              whether sample.py answers by default
+    chat, eos_first   of checkpoint.Info: how texts began in training
     """
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -419,7 +420,10 @@ def export_folder(model, folder, files, ends, suppress=(), chat=False):
         tensors |= {name: torch.zeros(shape) for name, shape in shared.items()}
     write_safetensors(temporary / "model.safetensors", tensors)
     generation = ends | ({"suppress_tokens": list(suppress)} if suppress else {})
-    for name, content in (("config.json", config_json(config, chat) | ends), ("generation_config.json", generation)):
+    for name, content in (
+        ("config.json", config_json(config, chat, eos_first) | ends),
+        ("generation_config.json", generation),
+    ):
         (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if kind == OWN:
         files = files | {path.name: path.read_bytes() for path in CODE}

@@ -7,9 +7,10 @@ Needs torch and transformers, and model.py in the same folder.
 
 from dataclasses import fields
 
+import torch
 import torch.nn.functional as F
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .model import Config, Decoder
 
@@ -67,43 +68,49 @@ class NanoSteelCache:
         inner.start = inner.start[beam_idx]
 
 
-class NanoSteelForCausalLM(PreTrainedModel, GenerationMixin):
+class Table(torch.nn.Module):
+    """A matrix [vocabulary, width] of the decoder, in the form in which other programs ask for it."""
+
+    bias = None
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+
+class NanoSteelPreTrainedModel(PreTrainedModel):
     config_class = NanoSteelConfig
+    base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.decoder = Decoder(config.of_model())
-        self.gradient_checkpointing = False
-        self.post_init()
+    gradient_checkpointing = False
 
     def _init_weights(self, module):
         pass  # Decoder has done it
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls):
-        return False
-
     def _set_gradient_checkpointing(self, enable=True, **_):
         self.gradient_checkpointing = enable
-        for block in self.decoder.blocks:
-            block.recompute = enable
+        for module in self.modules():
+            if hasattr(module, "recompute"):
+                module.recompute = enable
 
-    def forward(
-        self,
-        input_ids,
-        attention_mask=None,
-        past_key_values=None,
-        labels=None,
-        use_cache=None,
-        logits_to_keep=0,
-        **kwargs,
-    ):
-        """input_ids [B, T] -> logits [B, T, V], and with labels [B, T] (-100: not counted) the loss of transformers.
+
+class NanoSteelModel(NanoSteelPreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.decoder = Decoder(config.of_model())
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return Table(self.decoder.embedding)
+
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None, **_):
+        """input_ids [B, T] -> normed states of the last layer [B, T, D], and the cache.
 
         attention_mask [B, what the cache holds + T] may be 0 on the left of a text, or on its right, where it changes
-        nothing. logits_to_keep: of how many of the last positions; 0: of all.
+        nothing.
         """
         (B, T), ids, cache = input_ids.shape, input_ids, past_key_values
         is_padded = False
@@ -118,12 +125,46 @@ class NanoSteelForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is not None:
             cache.reserve(cache.get_seq_length() + T)
         hidden = self.decoder.hidden_states(ids, None if cache is None else cache.inner)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache if use_cache else None)
+
+
+class NanoSteelForCausalLM(NanoSteelPreTrainedModel, GenerationMixin):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = NanoSteelModel(config)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls):
+        return False
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return Table(self.model.decoder.head_weight)
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        past_key_values=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
+        """input_ids [B, T] -> logits [B, T, V], and with labels [B, T] (-100: not counted) the loss of transformers.
+
+        logits_to_keep: of how many of the last positions; 0: of all. The other arguments: of NanoSteelModel.
+        """
+        outputs = self.model(input_ids, attention_mask, past_key_values, use_cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = F.linear(hidden[:, kept], self.decoder.head_weight)
+        logits = F.linear(outputs.last_hidden_state[:, kept], self.model.decoder.head_weight)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **kwargs):
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()

@@ -136,10 +136,14 @@ for model in (again, again):
     model(asked["ids"], labels=asked["ids"], use_cache=True).loss.backward()
     gradients.append([p.grad.clone() for p in model.parameters()])
     model.gradient_checkpointing_enable()
-assert all(block.recompute for block in again.decoder.blocks) and again.is_gradient_checkpointing
+assert all(block.recompute for block in again.model.decoder.blocks) and again.is_gradient_checkpointing
 again.gradient_checkpointing_disable()
-assert not any(block.recompute for block in again.decoder.blocks)
-found = {"again": again.eval()(asked["ids"]).logits, "half": half(asked["ids"]).logits,
+assert not any(block.recompute for block in again.model.decoder.blocks)
+from transformers import AutoModel
+backbone = AutoModel.from_pretrained("../again", trust_remote_code=True).eval()
+states = backbone(asked["ids"]).last_hidden_state
+found = {"backbone": states @ again.get_output_embeddings().weight.T,
+         "again": again.eval()(asked["ids"]).logits, "half": half(asked["ids"]).logits,
          "fresh": fresh(asked["ids"], labels=asked["ids"]).loss,
          "equal": all(torch.equal(a, b) for a, b in zip(*gradients)), "gradients": gradients[0]}
 found = {name: value.detach() if torch.is_tensor(value) else value for name, value in found.items()}
@@ -151,6 +155,7 @@ found = {name: value.detach() if torch.is_tensor(value) else value for name, val
         torch.testing.assert_close(theirs, p.grad, rtol=1e-4, atol=1e-5 * p.grad.abs().max().item(), msg=name)
     with torch.no_grad():
         torch.testing.assert_close(found["again"], model(ids), rtol=0, atol=1e-4)
+        torch.testing.assert_close(found["backbone"], model(ids), rtol=0, atol=1e-4)
         assert torch.equal(found["half"], model.bfloat16()(ids))
     assert abs(found["fresh"].item() - math.log(50)) < 0.1  # a new model, as we begin one
     back, _ = load_folder(tmp_path / "again")
