@@ -5,14 +5,19 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import TINY, call
 from test_huggingface import ours
+from test_model import SMALL, randomized
 
 from extras.huggingface import export_folder, load_folder
+from extras.transformers_tokenizer import transformers_files
+from model import Decoder
 from sample import generate
+from tokenizer import load_tokenizer
 
 # Run elsewhere: sys.argv[1] is the folder, [2] a .pt file of what is asked; prints nothing, saves what is found
 ELSEWHERE = """
@@ -192,3 +197,41 @@ def test_the_lines_of_the_model_card_run(flags, small_data, tmp_path):
         [sys.executable, "-c", lines], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0 and "却说" in result.stdout, result.stderr
+
+
+TRAIN = """
+import sys, torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+before = [p.clone() for p in model.parameters()]
+flags = dict(max_steps=1, per_device_train_batch_size=4, report_to=[], save_strategy="no", use_cpu=True, bf16=False)
+args = SFTConfig(output_dir="trl", gradient_checkpointing=True, max_length=64, **flags)
+texts = Dataset.from_list([{"text": text} for text in ["却说曹操引兵。", "玄德曰：善。", "次日", "且听下回分解。"]])
+trainer = SFTTrainer(model=model, args=args, train_dataset=texts, processing_class=tokenizer)
+found = {"loss": trainer.train().training_loss}
+found["changed"] = sum(not torch.equal(p, q) for p, q in zip(before, model.parameters()))
+torch.save(found, "found.pt")
+"""
+
+
+@torch.no_grad()
+def test_a_step_of_trl_has_our_loss(small_data, tmp_path):
+    tokenizer = load_tokenizer(small_data)
+    model = randomized(Decoder(replace(SMALL, vocab_size=tokenizer.vocab_size)), std=0.1)
+    files = {name: text.encode("utf-8") for name, text in transformers_files(tokenizer).items()}
+    export_folder(model, tmp_path / "hf", files, {"eos_token_id": tokenizer.eos_id})
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, "-c", TRAIN, tmp_path / "hf"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    texts = ["却说曹操引兵。", "玄德曰：善。", "次日", "且听下回分解。"]
+    rows = [torch.tensor([*tokenizer.encode(text), tokenizer.eos_id])[None] for text in texts]  # TRL adds the end
+    nats = sum(model(ids[:, :-1], ids[:, 1:], reduction="sum").item() for ids in rows)
+    assert found["loss"] == pytest.approx(nats / sum(ids.shape[1] - 1 for ids in rows), rel=1e-4)
+    assert found["changed"] == len(list(model.parameters()))
