@@ -141,12 +141,14 @@ def generate(
     generator=None,
     min_p=0.0,
     repetition_penalty=1.0,
+    choose=None,
 ):
     """Yield [B] new ids, at most max_new_tokens times, and stop when every row's context is full.
 
     ids [B, T]: prompts of unequal length have left padding of -1. A row whose context is full before the others' yields
     -1 from then on. Ids from vocab_size on (padding of the embedding) are never picked. A model without a cache
-    (dispatch = "sequence") reads the whole text for every token. ValueError if that one gets padding.
+    (dispatch = "sequence") reads the whole text for every token. ValueError if that one gets padding. choose: logits
+    [B, V] -> ids [B], instead of pick.
     """
     if not model.has_cache and (ids < 0).any():
         raise ValueError('dispatch = "sequence" reads padding too: give it prompts of one length')
@@ -158,7 +160,7 @@ def generate(
     for n in range(max_new_tokens):
         logits = model.next_logits(unread, cache) if n == 0 or cache is None else model.step(unread, cache)
         logits = penalize_repeats(logits[:, :vocab_size], ids, repetition_penalty)
-        new = pick(logits, temperature, top_k, top_p, generator, min_p)
+        new = choose(logits) if choose else pick(logits, temperature, top_k, top_p, generator, min_p)
         yield new if n < least_room else torch.where(n < room, new, -1)
         ids = torch.cat([ids, new[:, None]], dim=1)
         unread = ids if cache is None else new[:, None]

@@ -1,0 +1,99 @@
+"""GGUF, the one file that llama.cpp and ollama read: python -m extras.export CHECKPOINT --export-gguf FILE.
+
+Needs the package gguf. For the dense models that llama.cpp knows, Qwen2's and Qwen3's shape; weights in fp32, which
+its own llama-quantize makes smaller.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+from extras.huggingface import OWN, QWEN2, QWEN2_MOE, QWEN3, architecture, hugging_face_tensors
+from extras.transformers_tokenizer import CHAT_TEMPLATE, merges_of, qwen_parts
+from tokenizer import SPECIALS, Qwen
+
+SOFT_MOE = "llama.cpp has no Soft MoE: train with --ffn dense, or use the folder of --export"
+WHY_NOT = {OWN: f"{SOFT_MOE}; a dense one must do without --reset-at-eos and --pack", QWEN2_MOE: SOFT_MOE}
+
+
+@torch.no_grad()
+def export_gguf(model, tokenizer, info, path):
+    """Write a model with its tokenizer as a file, which appears only when all of it is written. ValueError if llama.cpp
+    could not run it."""
+    path, config, kind = Path(path), model.config, architecture(model.config)
+    if kind not in (QWEN2, QWEN3):
+        raise ValueError(f"--export-gguf {path}: {WHY_NOT[kind]}")
+    try:
+        import gguf
+    except ImportError:
+        raise ValueError("--export-gguf needs the package gguf: pip install gguf") from None
+    if not path.parent.is_dir():
+        raise ValueError(f"--export-gguf {path}: no folder {path.parent}")
+    temporary = path.with_name(path.name + ".tmp")
+    theirs = {QWEN2: gguf.MODEL_ARCH.QWEN2, QWEN3: gguf.MODEL_ARCH.QWEN3}[kind]
+    writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[theirs])
+    writer.add_name(path.stem)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.d_model)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(config.d_dense)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.n_kv_head)
+    writer.add_key_length(config.head_width)
+    writer.add_value_length(config.head_width)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_base)
+    add_tokenizer(writer, tokenizer, config.vocab_size, info.eos_first)
+    names = gguf.get_tensor_name_map(theirs, config.n_layer)
+    for name, tensor in hugging_face_tensors(model, kind):
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.float().contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    os.replace(temporary, path)
+
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens in llama.cpp
+
+
+def add_tokenizer(writer, tokenizer, rows, eos_first):
+    """Add the tokens of a model whose embedding has so many rows; those without an id can never be sampled."""
+    if isinstance(tokenizer, Qwen):
+        *_, vocab, mergeable = qwen_parts(tokenizer)
+        tokens = [*vocab, *SPECIALS]
+        types = [NORMAL] * len(vocab) + [CONTROL] * len(SPECIALS)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("qwen2")
+        writer.add_token_merges([" ".join(pair) for pair in merges_of(mergeable)])
+        scores = None
+    else:
+        sp = tokenizer.processor
+        tokens = [sp.id_to_piece(i) for i in range(len(sp))]
+        types = [type_of_piece(sp, i) for i in range(len(sp))]
+        scores = [sp.get_score(i) for i in range(len(sp))] + [-1e9] * (rows - len(sp))
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_add_space_prefix(False)
+        writer.add_remove_extra_whitespaces(False)
+    tokens += [f"[PAD{i}]" for i in range(len(tokens), rows)]
+    types += [UNUSED] * (rows - len(types))
+    writer.add_token_list(tokens)
+    if scores:
+        writer.add_token_scores(scores)
+    writer.add_token_types(types)
+    writer.add_bos_token_id(tokenizer.eos_id)  # a document begins after the end of another
+    writer.add_add_bos_token(eos_first)
+    writer.add_eos_token_id(tokenizer.eos_id)
+    writer.add_eot_token_id(tokenizer.chat_end_id)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def type_of_piece(sp, i):
+    if sp.is_byte(i):
+        return BYTE
+    if sp.is_control(i):
+        return CONTROL
+    return UNKNOWN if sp.is_unknown(i) else USER_DEFINED if sp.id_to_piece(i) == "\n" else NORMAL

@@ -1,0 +1,465 @@
+"""A checkpoint behind OpenAI's HTTP interface, and a page to try it.
+
+    python -m extras.serve out/demo                       # http://127.0.0.1:8000/v1, and a page at /
+    python -m extras.serve out/demo --api-key SECRET --host 0.0.0.0
+
+POST /v1/chat/completions and /v1/completions, whole or streamed; GET /v1/models, /health. Requests that wait together
+are generated as one batch. One thread owns the model; each connection has a thread that turns its ids into text.
+"""
+
+import argparse
+import contextlib
+import hmac
+import itertools
+import json
+import queue
+import select
+import signal
+import socket
+import threading
+import time
+import uuid
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+
+from checkpoint import load
+from common import choose_device, run_command
+from sample import before_stop, chat_ids, generate, pick, prompt_prefix
+
+MAX_BODY = 1 << 20  # bytes of a request
+TEXT_TOKENS = 16  # of /v1/completions without max_tokens, as OpenAI's
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("checkpoint", nargs="?", default="out", help="a step, a run (its newest) or a Hugging Face folder")
+    add("--host", default="127.0.0.1", help="0.0.0.0: other machines may connect; then set --api-key")
+    add("--port", type=int, default=8000, help="0: a free one")
+    add("--api-key", default="", help="refuse requests without it")
+    add("--batch", type=int, default=8, help="texts that are generated together, at most")
+    add("--queue", type=int, default=64, help="requests that may wait; others get the status 429")
+    add("--timeout", type=float, default=300, help="seconds that a request may take, waiting included")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    args = parser.parse_args(argv)
+    for name, low in (("batch", 1), ("queue", 1), ("timeout", 0.1)):
+        if not getattr(args, name) >= low:
+            parser.error(f"--{name} {getattr(args, name)}: expected {low} or more")
+    return args
+
+
+class Refusal(Exception):
+    """An answer with a status other than 200: OpenAI's error object."""
+
+    def __init__(self, status, message, code=None, param=None):
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is asked
+
+
+@dataclass
+class Text:
+    """One text to generate. The thread of the model puts into `news` (id, expert), and at the end a finish reason."""
+
+    prompt: list  # of ids
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    stops: list
+    experts: bool  # whether to say which expert each token went to most
+    deadline: float
+    news: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    is_given_up: bool = False  # by its client
+
+
+def take(body, name, kinds, default, low=None, high=None):
+    """A field of the request, of a type and in a range; null is the default."""
+    value = body.get(name)
+    value = default if value is None else value
+    wanted = " or ".join(kind.__name__ for kind in kinds)
+    if type(value) not in kinds or low is not None and not low <= value <= high:
+        within = f" from {low} to {high}" if low is not None else ""
+        raise Refusal(400, f"{name}: expected {wanted}{within}", param=name)
+    return value
+
+
+KNOWN = (
+    "model messages prompt max_tokens max_completion_tokens temperature top_p seed stop stream stream_options experts"
+)
+IGNORED = "user metadata store service_tier safety_identifier prompt_cache_key parallel_tool_calls"  # change no text
+# What other servers can do and this one cannot: fine where it asks for nothing.
+NOT_HERE = {"n": (1,), "best_of": (1,), "presence_penalty": (0,), "frequency_penalty": (0,), "logprobs": (False,)}
+NOT_HERE |= {"response_format": ({"type": "text"},), "echo": (False,), "logit_bias": ({},), "tools": ([],)}
+
+
+def texts_asked(body, is_chat, server):
+    """The body of a request -> a list of Text. Refusal, which names the field, for what cannot be done."""
+    for name, value in body.items():
+        if name in NOT_HERE and value is not None and value not in NOT_HERE[name]:
+            raise Refusal(400, f"{name} = {json.dumps(value)[:50]} is not supported here", param=name)
+        if name not in {*KNOWN.split(), *IGNORED.split(), *NOT_HERE}:
+            raise Refusal(400, f"{name} is not supported here", param=name)
+    if body.get("model") not in (None, server.name):
+        problem = f"there is no model {json.dumps(body['model'])[:100]}, only {server.name}"
+        raise Refusal(404, problem, "model_not_found", "model")
+    prefix, tokenizer = prompt_prefix(server.tokenizer, server.info), server.tokenizer
+    if is_chat:
+        prompts = [chat_ids(tokenizer, messages_of(body.get("messages")), prefix)]
+    else:
+        given = take(body, "prompt", (str, list), "")
+        given = [given] if isinstance(given, str) else given
+        if not given or not all(isinstance(text, str) for text in given):
+            raise Refusal(400, "prompt: expected a text or a list of texts", param="prompt")
+        prompts = [(prefix + tokenizer.encode(text)) or [tokenizer.eos_id] for text in given]
+    if body.get("stream") and len(prompts) > 1:
+        raise Refusal(400, "prompt: a stream has one text, ask for several without stream", param="prompt")
+    context = server.model.config.block_size
+    longest = max(map(len, prompts))
+    if longest > context:
+        problem = f"the prompt has {longest} tokens, the model's context is {context}"
+        raise Refusal(400, problem, "context_length_exceeded", "messages" if is_chat else "prompt")
+    stops = take(body, "stop", (str, list), [])
+    stops = [stops] if isinstance(stops, str) else stops
+    if not all(isinstance(stop, str) and stop for stop in stops) or len(stops) > 16:
+        raise Refusal(400, "stop: expected at most 16 texts that are not empty", param="stop")
+    limit = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+    settings = {
+        "max_tokens": take(body, limit, (int,), context if is_chat else TEXT_TOKENS, 1, 1 << 20),
+        "temperature": take(body, "temperature", (int, float), 1.0, 0, 2),
+        "top_p": take(body, "top_p", (int, float), 1.0, 0.001, 1),
+        "stops": stops,
+        "experts": take(body, "experts", (bool,), False) and server.names_experts,
+        "deadline": time.monotonic() + server.timeout_s,
+    }
+    seed = take(body, "seed", (int,), uuid.uuid4().int % (1 << 62), 0, (1 << 63) - 1)
+    return [Text(prompt, seed=seed + i, **settings) for i, prompt in enumerate(prompts)]
+
+
+def messages_of(given):
+    """The messages of a chat with text alone, in the roles of the chat template."""
+    if not isinstance(given, list) or not given:
+        raise Refusal(400, "messages: expected a list of {role, content}", param="messages")
+    messages = []
+    for message in given:
+        role, content = (message.get(key) for key in ("role", "content")) if isinstance(message, dict) else (None, None)
+        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            content = "".join(str(part.get("text", "")) for part in content)
+        role = {"developer": "system"}.get(role, role)
+        if role not in ("system", "user", "assistant") or not isinstance(content, str):
+            raise Refusal(400, "messages: expected role system, user or assistant, and a text", param="messages")
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The thread that owns the model
+
+
+def serve_texts(server):
+    """Generate what waits, in batches, for ever."""
+    while True:
+        texts = [server.waiting.get()]
+        with contextlib.suppress(queue.Empty):
+            while len(texts) < (server.batch if server.model.has_cache else 1):
+                texts.append(server.waiting.get_nowait())
+        texts = [text for text in texts if not text.is_given_up]
+        try:
+            if texts:
+                generate_texts(server, texts)
+        except Exception as error:  # a failure must not end the server, nor leave a client waiting
+            for text in texts:
+                text.news.put(f"error: {type(error).__name__}: {error}")
+
+
+@torch.no_grad()
+def generate_texts(server, texts):
+    """Generate a batch. A row that is done, given up or late is computed on, and nobody reads it."""
+    model, tokenizer = server.model, server.tokenizer
+    T, device = max(len(text.prompt) for text in texts), model.embedding.device
+    ids = torch.tensor([[-1] * (T - len(text.prompt)) + text.prompt for text in texts], device=device)
+    generators = [torch.Generator(device).manual_seed(text.seed) for text in texts]
+    waits = [None] * len(texts)  # the last token of each, whose expert is known when it is read
+    is_done, taken = [False] * len(texts), [0] * len(texts)
+    stop_ids = (tokenizer.eos_id, tokenizer.chat_end_id)
+
+    def choose(logits):  # each row as if it were alone
+        rows = zip(logits.split(1), texts, generators)
+        return torch.cat([pick(row, text.temperature, 0, text.top_p, own) for row, text, own in rows])
+
+    def end(row, reason):
+        is_done[row] = True
+        if waits[row] is not None:
+            texts[row].news.put((waits[row], None))
+        texts[row].news.put(reason)
+
+    longest = max(text.max_tokens for text in texts)
+    with experts_of(model) if any(text.experts for text in texts) else contextlib.nullcontext() as experts:
+        for new in generate(model, ids, longest, tokenizer.vocab_size, choose=choose):
+            of_last = experts.pop() if experts else [None] * len(texts)
+            for row, (text, i) in enumerate(zip(texts, new.tolist())):
+                if is_done[row]:
+                    continue
+                if waits[row] is not None:
+                    text.news.put((waits[row], of_last[row]))
+                    waits[row] = None
+                if text.is_given_up or time.monotonic() > text.deadline or i == -1:  # -1: its context is full
+                    end(row, "length")
+                elif i in stop_ids:
+                    end(row, "stop")
+                else:
+                    taken[row] += 1
+                    waits[row] = i if text.experts else None
+                    if not text.experts:
+                        text.news.put((i, None))
+                    if taken[row] == text.max_tokens:
+                        end(row, "length")
+            if all(is_done):
+                return
+    for row in range(len(texts)):
+        if not is_done[row]:
+            end(row, "length")
+
+
+@contextlib.contextmanager
+def experts_of(model):
+    """Give a list to which every forward appends the expert that the last token of each row went to most, all layers
+    together, [B]."""
+    found, sums = [], []
+
+    def record(ffn, inputs):
+        shares = ffn.router_logits(inputs[0][:, -1:])[:, 0].softmax(-1)
+        sums.append(shares.unflatten(-1, (ffn.n_expert, -1)).sum(-1))
+        if len(sums) == len(model.blocks):
+            found.append(sum(sums).argmax(-1).tolist())
+            sums.clear()
+
+    hooks = [block.ffn.register_forward_pre_hook(record) for block in model.blocks]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Connections
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, args, model, tokenizer, info):
+        self.model, self.tokenizer, self.info = model, tokenizer, info
+        self.name = info.path.parent.name if info.state else info.path.name
+        self.api_key, self.batch, self.timeout_s = args.api_key.encode("utf-8"), args.batch, args.timeout
+        self.waiting = queue.Queue(args.queue)
+        self.names_experts = model.config.ffn == "soft_moe" and not model.config.reads_ahead
+        self.started = int(time.time())
+        super().__init__((args.host, args.port), Handler)
+
+    def handle_error(self, request, client_address):
+        pass  # a client that went away while it was answered
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = 60  # seconds for a request to arrive
+
+    def log_message(self, format, *args):
+        pass
+
+    def do_GET(self):
+        server = self.server
+        if self.path == "/":
+            return self.send(200, (Path(__file__).parent / "serve.html").read_bytes(), "text/html; charset=utf-8")
+        if self.path == "/health":
+            return self.send_json(200, {"status": "ok"})
+        with self.refusals():
+            self.check_key()
+            if self.path != "/v1/models":
+                raise Refusal(404, f"no {self.path[:100]} here", "not_found")
+            model = {"id": server.name, "object": "model", "created": server.started, "owned_by": "nanosteel"}
+            shape = {"chat": server.info.chat, "experts": server.model.config.n_expert if server.names_experts else 0}
+            self.send_json(200, {"object": "list", "data": [model | shape]})
+
+    def do_POST(self):
+        self.close_connection = True  # a body that is refused unread must not be taken for the next request
+        with self.refusals():
+            self.check_key()
+            if self.path not in ("/v1/chat/completions", "/v1/completions"):
+                raise Refusal(404, f"no {self.path[:100]} here", "not_found")
+            body = self.read_body()
+            self.is_chat, self.id = self.path == "/v1/chat/completions", f"cmpl-{uuid.uuid4().hex}"
+            texts = texts_asked(body, self.is_chat, self.server)
+            if len(texts) > self.server.waiting.maxsize - self.server.waiting.qsize():
+                raise Refusal(429, "too many requests are waiting: try again in a second", "rate_limit_exceeded")
+            for text in texts:
+                self.enqueue(text)
+            try:
+                (self.stream if body.get("stream") else self.answer)(texts, body)
+            finally:
+                for text in texts:
+                    text.is_given_up = True
+
+    @contextlib.contextmanager
+    def refusals(self):
+        try:
+            yield
+        except Refusal as refusal:
+            self.close_connection = True
+            self.send_json(refusal.status, refusal.body)
+
+    def enqueue(self, text):
+        try:
+            self.server.waiting.put_nowait(text)
+        except queue.Full:
+            raise Refusal(429, "too many requests are waiting: try again in a second", "rate_limit_exceeded") from None
+
+    def check_key(self):
+        given = self.headers.get("Authorization", "").removeprefix("Bearer ").encode("latin-1", errors="replace")
+        if self.server.api_key and not hmac.compare_digest(given, self.server.api_key):
+            raise Refusal(401, "wrong or missing API key", "invalid_api_key")
+
+    def read_body(self):
+        """The request's JSON object."""
+        if not self.headers.get("Content-Type", "").startswith("application/json"):  # pages of other sites send others
+            raise Refusal(415, "expected Content-Type: application/json")
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal():
+            raise Refusal(411, "expected a Content-Length")
+        if int(length) > MAX_BODY:
+            raise Refusal(413, f"the request has {int(length):,} bytes, at most {MAX_BODY:,} are read")
+        try:
+            body = json.loads(self.rfile.read(int(length)))
+        except (ValueError, RecursionError) as error:
+            raise Refusal(400, f"the request is not JSON ({error})") from None
+        if not isinstance(body, dict):
+            raise Refusal(400, "the request is not a JSON object")
+        return body
+
+    def news_of(self, text, counted, experts):
+        """Yield a text's ids as they come. counted: they are appended; experts: of each of them. ValueError: failed."""
+        while True:
+            try:
+                news = text.news.get(timeout=0.5)
+            except queue.Empty:
+                if self.client_is_gone():
+                    raise ConnectionError from None
+                if time.monotonic() > text.deadline + 5:
+                    news = "length"
+                else:
+                    continue
+            if isinstance(news, str):
+                if news.startswith("error"):
+                    raise ValueError(news)
+                self.reason = news
+                return
+            counted.append(news[0])
+            experts.append(news[1])
+            yield news[0]
+
+    def client_is_gone(self):
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        return bool(readable) and self.connection.recv(1, socket.MSG_PEEK) == b""
+
+    def pieces(self, text, counted, experts):
+        """Yield a text as it grows, up to the first of its stop strings; self.reason is then why it ended."""
+        self.reason = "stop"  # by a stop string, unless news_of says otherwise
+        yield from before_stop(self.server.tokenizer.stream(self.news_of(text, counted, experts)), text.stops)
+
+    def answer(self, texts, body):
+        choices, n_prompt, n_new = [], 0, 0
+        for i, text in enumerate(texts):
+            counted = []
+            try:
+                whole = "".join(self.pieces(text, counted, []))
+            except ValueError as error:
+                raise Refusal(500, str(error)) from None
+            said = {"message": {"role": "assistant", "content": whole}} if self.is_chat else {"text": whole}
+            choices.append({"index": i, "finish_reason": self.reason, "logprobs": None, **said})
+            n_prompt, n_new = n_prompt + len(text.prompt), n_new + len(counted)
+        self.send_json(200, self.envelope(choices, False) | {"usage": usage(n_prompt, n_new)})
+
+    def stream(self, texts, body):
+        (text,), counted, experts = texts, [], []
+        pieces = self.pieces(text, counted, experts)
+        self.send_response(200)
+        for header in (("Content-Type", "text/event-stream; charset=utf-8"), ("Cache-Control", "no-store")):
+            self.send_header(*header)
+        self.end_headers()
+        role = {"role": "assistant"} if self.is_chat else {}
+        try:
+            for piece in itertools.chain([""] if self.is_chat else [], pieces):
+                extra = {"expert": experts[-1]} if text.experts and experts else {}
+                said = {"delta": role | {"content": piece}} if self.is_chat else {"text": piece}
+                self.event(self.envelope([{"index": 0, "finish_reason": None, **said, **extra}], True))
+                role = {}
+        except ValueError as error:
+            self.event(Refusal(500, str(error)).body)
+            return
+        last = {"delta": {}} if self.is_chat else {"text": ""}
+        self.event(self.envelope([{"index": 0, "finish_reason": self.reason, **last}], True))
+        if (body.get("stream_options") or {}).get("include_usage"):
+            self.event(self.envelope([], True) | {"usage": usage(len(text.prompt), len(counted))})
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def envelope(self, choices, is_chunk):
+        kind = ("chat.completion" + ".chunk" * is_chunk) if self.is_chat else "text_completion"
+        head = {"id": self.id, "object": kind, "created": int(time.time()), "model": self.server.name}
+        return head | {"choices": choices}
+
+    def event(self, content):
+        self.wfile.write(b"data: " + json.dumps(content, ensure_ascii=False).encode("utf-8") + b"\n\n")
+        self.wfile.flush()
+
+    def send_json(self, status, content):
+        self.send(status, json.dumps(content, ensure_ascii=False).encode("utf-8"), "application/json; charset=utf-8")
+
+    def send(self, status, content, kind):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def usage(n_prompt, n_new):
+    return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
+
+
+def main(argv=None):
+    args = get_args(argv)
+    device = choose_device(args.device)
+    model, tokenizer, info = load(args.checkpoint)
+    model.to(device).eval()
+    try:
+        server = Server(args, model, tokenizer, info)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"--host {args.host} --port {args.port}: {reason}: choose others") from None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    threading.Thread(target=serve_texts, args=(server,), daemon=True).start()
+    host, port = server.server_address[:2]
+    print(f"{info.path}: http://{host}:{port}/v1, a page at http://{host}:{port}/ (Ctrl-C ends it)", flush=True)
+    with server, contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # it is ending: a second Ctrl-C must not print a traceback
+
+
+if __name__ == "__main__":
+    run_command(main)
