@@ -347,6 +347,8 @@ class Log:
     """metrics.jsonl: a JSON object a line for every step or evaluation that is logged. It is also the run's lock: while
     it is open, no other run can use the folder."""
 
+    mirror = None  # of extras/reporters.py, for --report
+
     def __init__(self, run):
         try:
             run.mkdir(parents=True, exist_ok=True)
@@ -377,7 +379,20 @@ class Log:
     def add(self, **values):
         """Write a line; NaN and inf are written as null. On a full disk it waits in .unwritten for the next time."""
         values = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        if self.mirror:
+            self.mirror.add(values)
         self.unwritten += json.dumps(values).encode("utf-8") + b"\n"
         with contextlib.suppress(OSError):
             while self.unwritten:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+
+    def report(self, kind, run, settings, step):
+        """Mirror what is added from now on to a program that draws it, beginning after a step."""
+        from extras.reporters import Mirror
+
+        self.mirror = Mirror(kind, run, settings, step + 1)
+
+    def close(self):
+        if self.mirror:
+            self.mirror.close()
+        self.file.close()

@@ -23,6 +23,7 @@ import math
 import os
 import time
 from dataclasses import asdict, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -110,6 +111,7 @@ def get_args(argv=None, **defaults):
     add("--keep", type=int, default=2, help="newest checkpoints to keep")
     add("--keep-every", type=int, default=0, help="and those of every so many steps; 0: none")
     add("--log-every", type=int, default=10, help="steps")
+    add("--report", choices=("tensorboard", "wandb", "swanlab"), help="mirror metrics.jsonl there: needs its package")
     # Machine
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--compile", action=switch, help="torch.compile; by default where a compiler is found")
@@ -140,6 +142,8 @@ def flag(name):
 
 
 def check_args(args, error):
+    if args.report and not find_spec(args.report):
+        error(f"--report {args.report} needs the package: pip install {args.report}")
     if args.shard and args.exact:
         error("--exact sums whole gradients: leave --shard out")
     if args.preset and args.init_from:
@@ -439,6 +443,8 @@ def main(argv=None):
         log = Log(Path(args.out))
     least = -1 if args.recipe else 0  # of a model that is tuned, what it was before is worth a line
     state.evaluated = max(least, ranks.from_rank_0(log.cut(state.step) if log else 0))
+    if log and args.report:
+        log.report(args.report, Path(args.out), vars(args) | {"model": constants["config"]}, state.step)
     saver = Saver(args, tokenizer, log, ranks, constants={**constants, "machine": machine})
     saver.last = state.step if checkpoint else None
     stop = Stop(args.out, compiled, ranks)
@@ -484,7 +490,7 @@ def main(argv=None):
     reporter.end(state, result, whole)
     gc.unfreeze()  # for a program that called main()
     if log:
-        log.file.close()
+        log.close()
     ranks.barrier()  # no rank leaves while another is still at work
     return 0 if whole else 1
 
