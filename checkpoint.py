@@ -22,7 +22,7 @@ from pickle import UnpicklingError  # what torch.load raises for code in a file:
 
 import torch
 
-from common import flush_folder, lock_file, one_line
+from common import flush_folder, lock_file, one_line, track
 from model import Config, Decoder
 from optim import MAX_SKIPPED, RECENT_STEPS, is_bad
 from order import next_phase, places_of
@@ -113,7 +113,7 @@ def checkpoint_problem(path):
         needed = {"model.pt", "optimizer.pt", "state.json"}
         if not needed <= recorded.keys() or any(Path(name).name != name for name in recorded):
             return "sha256.json is damaged"
-        for name, sha256 in recorded.items():
+        for name, sha256 in track(recorded.items(), f"checking {path.name}", "files"):
             with open(path / name, "rb") as file:
                 if not os.fstat(file.fileno()).st_size:
                     return f"{name} is empty"

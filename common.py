@@ -144,6 +144,36 @@ def flops_per_token(model, T):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# How far it is
+
+LINE_EVERY = 10  # seconds
+
+
+def track(items, what, unit, total=None, shown=True):
+    """Yield the items, and show how far that is: a bar on a terminal, else a line on stderr every ten seconds.
+
+    Nothing is shown of what is done at once. total: how many there are, where items has no length.
+    """
+    from tqdm import tqdm
+
+    total = len(items) if total is None else total
+    start = said = time.monotonic()
+    with tqdm(total=total, desc=what, unit=f" {unit}", leave=False, delay=1, disable=None if shown else True) as bar:
+        for n, item in enumerate(items, 1):
+            yield item
+            bar.update()
+            now = time.monotonic()
+            if shown and bar.disable and now - said >= LINE_EVERY and n < total:
+                print(f"{what}: {how_far(n, total, now - start)} {unit}", file=sys.stderr, flush=True)
+                said = now
+
+
+def how_far(n, total, seconds):
+    """ "8 s to go, 20 of 100" after so many seconds."""
+    return f"{seconds / n * (total - n):,.0f} s to go, {n:,} of {total:,}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # How a command ends
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import sha256_of, write_atomically
+from common import sha256_of, track, write_atomically
 from order import samples_at
 from packing import pack_shard
 
@@ -200,7 +200,8 @@ class TokenData:
         ]
         random.Random(seed).shuffle(files)
         sizes = np.cumsum([path.stat().st_size for path, _ in files])
-        for path, sha256 in files[: np.searchsorted(sizes, max_bytes, side="right")][part::parts]:
+        chosen = files[: np.searchsorted(sizes, max_bytes, side="right")][part::parts]
+        for path, sha256 in track(chosen, f"checking {self.path.name}", "files", shown=part == 0):
             if sha256_of(path) != sha256:
                 self._refuse(path)
 

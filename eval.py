@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from checkpoint import isolate, load
-from common import choose_device, read_text, run_command
+from common import choose_device, read_text, run_command, track
 from data import TokenData, evenly_spaced, inputs_and_targets
 from dpo import Preference, add_reference, load_reference, score_pairs
 from model import cross_entropy
@@ -125,7 +125,7 @@ def evaluate(
     sums = np.zeros((len(names), 3))  # of each source: nats, tokens, bytes
     training = model.training
     model.eval()
-    for start in range(0, len(chosen), batch):
+    for start in track(range(0, len(chosen), batch), "evaluating", "batches", shown=rank == 0):
         if stopping and stopping():
             model.train(training)
             return None

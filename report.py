@@ -5,6 +5,7 @@ import math
 import platform
 import shlex
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -98,6 +99,8 @@ class Reporter:
         self.peak = peak_flops(self.device)
         self.bytes_per_token = bytes_per_token(data, tokenizer)
         self.step, self.seconds = state.step, state.seconds  # at the last line
+        if log and args.report:
+            log.report(args.report, Path(args.out), vars(args) | {"model": asdict(model.config)}, state.step)
 
     def line(self, state, sums, norm, lr):
         """The step that has just been made; time and speed are means since the last line.

@@ -443,8 +443,6 @@ def main(argv=None):
         log = Log(Path(args.out))
     least = -1 if args.recipe else 0  # of a model that is tuned, what it was before is worth a line
     state.evaluated = max(least, ranks.from_rank_0(log.cut(state.step) if log else 0))
-    if log and args.report:
-        log.report(args.report, Path(args.out), vars(args) | {"model": constants["config"]}, state.step)
     saver = Saver(args, tokenizer, log, ranks, constants={**constants, "machine": machine})
     saver.last = state.step if checkpoint else None
     stop = Stop(args.out, compiled, ranks)

@@ -20,8 +20,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tqdm import tqdm
-
+from common import track
 from corpus.work import in_parallel, surroundings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +73,7 @@ def on_cluster(client, work, function, tasks, what, *_):
     pickled = [cloudpickle.dumps((function, task)) for task in tasks]
     futures = client.map(run, pickled, [f"{what}-{i}" for i in range(len(tasks))], pure=False, **here)
     try:
-        for future in tqdm(distributed.as_completed(futures), what, len(tasks), unit=" tasks", disable=None):
+        for future in track(distributed.as_completed(futures), what, "tasks", total=len(tasks)):
             if future.status == "error":
                 break  # raised below
         return client.gather(futures)

@@ -29,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import sha256_of
+from common import sha256_of, track
 from corpus.documents import Document
 from corpus.mappers import open_fence
 from corpus.rows import FIELDS, document_of, no_text_in
@@ -371,7 +371,7 @@ def source_name(path):
 def parts_of_source(source, paths):
     """Small files together, large files of lines cut: parts of about PART_BYTES, in the order of paths."""
     parts, group, group_size = [], [], 0
-    for path in paths:
+    for path in track(paths, f"hashing {source}", "files"):
         size = path.stat().st_size
         if size > PART_BYTES and suffix_of(path) in (".txt", ".jsonl") and not is_gzip(path):
             with open(path, "rb") as file:
@@ -430,7 +430,8 @@ def line_parts(source, path):
     at, line_number = 0, 1
     cuts = [(at, line_number)]
     with open(path, "rb") as file:
-        while chunk := file.read(PART_BYTES):
+        chunks = iter(functools.partial(file.read, PART_BYTES), b"")
+        for chunk in track(chunks, f"hashing {path.name}", "parts", total=path.stat().st_size // PART_BYTES + 1):
             rest = file.readline()  # a part ends with a line
             sha256.update(chunk)
             sha256.update(rest)

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import platform
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import lock_file, write_atomically
+from common import LINE_EVERY, how_far, lock_file, write_atomically
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Work files: results in .work, each named after a hash of all that went into it
@@ -112,17 +113,19 @@ def in_parallel(workers, function, tasks, what, total, unit):
 
 
 def show_progress(counts, done, what, total, unit):
-    """Show a progress bar until `done` is set; on a terminal only."""
+    """Show how far it is until `done` is set: a bar on a terminal, else a line on stderr every ten seconds."""
     with tqdm(total=total, desc=what, unit=unit, unit_scale=True, disable=None) as bar:
         start = time.monotonic()
-        while not bar.disable:
-            finished = done.wait(0.2)
+        finished = False
+        while not finished:
+            finished = done.wait(LINE_EVERY if bar.disable else 0.2)
             documents, size = (counter.value for counter in counts)
+            n, seconds = (size if unit == "B" else documents), time.monotonic() - start
+            if bar.disable and n and not finished:
+                print(f"{what}: {how_far(n, total, seconds)} {unit.strip()}", file=sys.stderr, flush=True)
             if unit == "B":
-                bar.set_postfix_str(f"{documents / (time.monotonic() - start):,.0f} documents/s", refresh=False)
-            bar.update((size if unit == "B" else documents) - bar.n)
-            if finished:
-                break
+                bar.set_postfix_str(f"{documents / seconds:,.0f} documents/s", refresh=False)
+            bar.update(n - bar.n)
 
 
 @contextlib.contextmanager

@@ -28,10 +28,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from checkpoint import load
-from common import write_atomically
+from common import track, write_atomically
 from extras.answers import LETTERS, STEEL, Steel, last_number, letter_in
 from extras.plot import pyplot
 from extras.subjects import CEVAL_HARD, SUBJECTS
@@ -453,16 +452,17 @@ def score_checkpoint(args, checkpoint, subjects, device):
     commonest = Counter(question.answer for question in questions).most_common(1)[0][0]
     records = []
     prefix = prompt_prefix(tokenizer, info)
-    with tqdm(total=len(questions), desc=args.task, unit="question", disable=None) as bar:
-        for name, subject in subjects.items():
-            answers = ask(model, tokenizer, TASKS[args.task], args.score, subject, prefix)
-            for question, shots, predicted, basis in answers:
-                if question.options:
-                    longest = LETTERS[max(range(4), key=lambda j: len(question.options[j]))]
-                    predicted |= {"longest option": longest, f"always {commonest}": commonest}
-                record = {"checkpoint": str(info.path), "subject": name, "row": question.row, "answer": question.answer}
-                records.append(record | {"shots": shots, "predicted": predicted, **basis})
-                bar.update()
+    answers = (
+        (name, *answer)
+        for name, subject in subjects.items()
+        for answer in ask(model, tokenizer, TASKS[args.task], args.score, subject, prefix)
+    )
+    for name, question, shots, predicted, basis in track(answers, args.task, "questions", total=len(questions)):
+        if question.options:
+            longest = LETTERS[max(range(4), key=lambda j: len(question.options[j]))]
+            predicted |= {"longest option": longest, f"always {commonest}": commonest}
+        record = {"checkpoint": str(info.path), "subject": name, "row": question.row, "answer": question.answer}
+        records.append(record | {"shots": shots, "predicted": predicted, **basis})
     return info.path, records
 
 

@@ -13,6 +13,8 @@ import os
 import numpy as np
 import torch
 
+from common import track
+
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
@@ -121,7 +123,7 @@ def write_safetensors(path, tensors):
     head += b" " * (-len(head) % 8)  # align the tensors to 8 bytes
     with open(path, "wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
-        for tensor in tensors.values():
+        for tensor in track(tensors.values(), f"writing {path.name}", "tensors"):
             file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         file.flush()
         os.fsync(file.fileno())

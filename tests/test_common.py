@@ -2,18 +2,26 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, run
 
 import common
 from common import choose_device, exit_code, flush_folder, lock_file, one_line, read_text, sha256_of, write_atomically
+from corpus.work import show_progress
 from model import Config
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -232,3 +240,49 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
         choose_device("cuda")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert choose_device("auto") == "cuda"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How far it is
+
+
+def test_lines_say_how_far_it_is_where_there_is_no_terminal(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(common.time, "monotonic", lambda: now[0])
+
+    def seconds(each):
+        for n in range(5):
+            now[0] += each
+            yield n
+
+    assert list(common.track(seconds(4), "reading", "files", total=5)) == [0, 1, 2, 3, 4]
+    assert capsys.readouterr().err == "reading: 8 s to go, 3 of 5 files\n"  # after 12 s; the last one needs no line
+    assert list(common.track(seconds(100), "reading", "files", total=5, shown=False)) == [0, 1, 2, 3, 4]
+    assert list(common.track(seconds(1), "reading", "files", total=5)) == [0, 1, 2, 3, 4]
+    assert common.how_far(200, 5_000, 3.0) == "72 s to go, 200 of 5,000"
+    done = threading.Event()
+    counts = SimpleNamespace(value=30), SimpleNamespace(value=1_000)
+
+    def wait(seconds):
+        now[0] += seconds
+        return now[0] > start + 25
+
+    start, done.wait = now[0], wait
+    show_progress(counts, done, "cleaning", 4_000, "B")
+    said = ["cleaning: 30 s to go, 1,000 of 4,000 B", "cleaning: 60 s to go, 1,000 of 4,000 B"]
+    assert capsys.readouterr().err.splitlines() == said
+
+
+def test_a_terminal_gets_a_bar():
+    script = "import time, common\nfor _ in common.track(range(30), 'reading', 'files'): time.sleep(0.1)"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        fcntl.ioctl(2, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # else it has no columns
+        os.chdir(common.__file__.rpartition("/")[0])
+        os.execv(sys.executable, [sys.executable, "-c", script])
+    said = b""
+    with contextlib.suppress(OSError):  # the end of a terminal is one
+        while part := os.read(terminal, 4096):
+            said += part
+    assert os.waitpid(pid, 0)[1] == 0
+    assert re.search(rb"reading: +\d+%.*/30 \[.* files/s\]", said) and b"s to go" not in said
