@@ -49,20 +49,23 @@ def load(path):
     """-> model (fp32, on the CPU), tokenizer, Info of a step, of a run's newest step, or of a Hugging Face folder."""
     path = Path(path)
     if (path / "config.json").exists():
+        from extras.chat_template import carry_over
         from extras.huggingface import load_folder
 
         model, found = load_folder(path)
         info = Info(path, chat=bool(found.get("chat", False)), eos_first=bool(found.get("eos_first", False)))
-    elif (path / "adapter_config.json").exists():
+        tokenizer = load_tokenizer(path, model.config.vocab_size)
+        carry_over(tokenizer, path)
+        return model, tokenizer, info
+    if (path / "adapter_config.json").exists():
         raise ValueError(
             f"{path} is an adapter (LoRA), not a model: merge it into its model first (peft: merge_and_unload)"
         )
-    else:
-        path = newest_checkpoint(path)
-        state = read_state(path)
-        model = Decoder(Config(**state["config"]))
-        model.load_state_dict(read_tensors(path / "model.pt"))
-        info = Info(path, state, state["chat"], eos_first=True)
+    path = newest_checkpoint(path)
+    state = read_state(path)
+    model = Decoder(Config(**state["config"]))
+    model.load_state_dict(read_tensors(path / "model.pt"))
+    info = Info(path, state, state["chat"], eos_first=True)
     return model, load_tokenizer(path, model.config.vocab_size), info
 
 

@@ -97,7 +97,7 @@ def make_tokenizer(choice, vocab_size, cleaned, outcomes, out, work):
     return {
         "kind": type(tokenizer).__name__,
         "file": name,
-        "vocab_size": tokenizer.vocab_size,
+        "vocab_size": load_tokenizer(out / name).vocab_size,  # without what a model's folder adds
         "sha256": sha256_of(out / name),
     }
 

@@ -44,7 +44,10 @@ class Tokenizer:
     embedding_rows    rows of an embedding for this tokenizer: vocab_size, or more where the original models pad it
     eos_id            ends a document; chat_start_id and chat_end_id begin and end a turn of a conversation
     FILE, content     name and bytes of the file that is stored beside data and checkpoints, whatever file was read
+    brings            what a Hugging Face folder adds to it, which is not stored, in words; its own chat_template
     """
+
+    brings = chat_template = ""
 
     def __init__(self, path, content, token_bytes, special_ids, embedding_rows):
         self.path, self.content = Path(path), content
@@ -214,6 +217,7 @@ QWEN_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN_TOKENS = 151_643  # without special ones
 QWEN_EMBEDDING_ROWS = 151_936  # in Qwen's models and Steel-LLM's: 151,646 ids and padding
 
 # GPT-2's alphabet, in which .json files write bytes: printable bytes as themselves, the others from U+0100 on.
@@ -240,28 +244,56 @@ def qwen_content(path):
     return b"".join(lines)
 
 
+def further_tokens(path):
+    """Tokens that a model's folder adds to Qwen's vocabulary: [text, whether it is special], the first one's id first.
+
+    ValueError if their ids do not follow on each other.
+    """
+    if path.suffix != ".json":
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    config = path.with_name("tokenizer_config.json")
+    added = content.get("added_tokens") if isinstance(content.get("model"), dict) else None
+    if added is None and config.exists():  # beside vocab.json
+        decoder = json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+        added = [token | {"id": int(i)} for i, token in decoder.items()]
+    first = QWEN_TOKENS + len(SPECIALS)
+    further = {token["id"]: [token["content"], token["special"]] for token in added or () if token["id"] >= first}
+    if sorted(further) != list(range(first, first + len(further))):
+        raise ValueError("ids of further tokens with gaps")
+    return [further[i] for i in sorted(further)]
+
+
 class Qwen(Tokenizer):
+    """specials: {text: id} of the three special tokens, and of those that a model's folder adds to them."""
+
     FILE = "qwen.tiktoken"
 
     def __init__(self, path):
         import tiktoken
 
+        further = []
         try:
             content = qwen_content(Path(path))
+            further = further_tokens(Path(path))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # broken JSON, or of another shape
             content = b""
         if hashlib.sha256(content).hexdigest() != QWEN_SHA256:
             reason = "is not Qwen's vocabulary (sha256 of its ranks differs): fetch it with prepare.py --tokenizer qwen"
             raise ValueError(f"{path} {reason}")
         token_bytes = [base64.b64decode(line.split()[0]) for line in content.splitlines()]
-        special_ids = [len(token_bytes) + i for i in range(len(SPECIALS))]
+        texts = [*SPECIALS, *(text for text, _ in further)]
+        self.specials = {text: len(token_bytes) + i for i, text in enumerate(texts)}
+        self.further = {text: self.specials[text] for text, _ in further}
         self.encoding = tiktoken.Encoding(
             "qwen",
             pat_str=QWEN_PATTERN,
             mergeable_ranks={token: rank for rank, token in enumerate(token_bytes)},
-            special_tokens=dict(zip(SPECIALS, special_ids)),
+            special_tokens=self.specials,
         )
-        super().__init__(path, content, token_bytes + [b""] * len(SPECIALS), special_ids, QWEN_EMBEDDING_ROWS)
+        token_bytes += [b""] * len(SPECIALS) + [b"" if special else text.encode("utf-8") for text, special in further]
+        special_ids = [self.specials[text] for text in SPECIALS]
+        super().__init__(path, content, token_bytes, special_ids, QWEN_EMBEDDING_ROWS)
 
     def encode(self, text):
         return self.encode_array(text).tolist()

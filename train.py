@@ -249,8 +249,11 @@ def make_model(args, tokenizer, checkpoint, saved):
     elif args.init_from:
         origin, its_tokenizer, info = load(args.init_from)
         if its_tokenizer.content != tokenizer.content:
-            advice = f"prepare the data with --tokenizer {info.path}"
-            raise ValueError(f"--init-from {info.path}: another tokenizer: {advice}")
+            raise ValueError(
+                f"--init-from {info.path}: another tokenizer: prepare the data with --tokenizer {info.path}"
+            )
+        if its_tokenizer.brings:
+            print(f"warning: {info.path} brings {its_tokenizer.brings}: the run trains and answers without")
         config = replace(origin.config, **given)
         # Weights do not depend on these two.
         base = replace(origin.config, block_size=config.block_size, reset_id=config.reset_id)

@@ -53,7 +53,7 @@ class Task(NamedTuple):
 
 CEVAL_HEADER = "以下是中国关于{}考试的单项选择题，请选出其中的正确答案。\n\n"
 CMMLU_HEADER = "以下是关于{}的单项选择题，请直接给出正确答案的选项。\n\n"
-MMLU_HEADER = "The following are multiple choice questions (with answers) about {}.\n\n"
+MMLU_HEADER = "The following are multiple choice questions (with answers) about  {}.\n\n"
 TASKS = {
     "ceval": Task(CEVAL_HEADER, opening="答案：", space="", split="val", macro=True, steel=STEEL["ceval"]),
     "cmmlu": Task(CMMLU_HEADER, before="题目：", opening="答案是：", space="", macro=True, steel=STEEL["cmmlu"]),

@@ -11,6 +11,7 @@ import argparse
 
 from checkpoint import load
 from common import run_command
+from extras.chat_template import files_of
 from extras.gguf_file import export_gguf
 from extras.huggingface import OWN, architecture, export_folder
 from extras.model_card import model_card
@@ -49,8 +50,11 @@ def main(argv=None):
 
 
 def to_folder(model, tokenizer, info, folder):
-    files = {name: text.encode("utf-8") for name, text in transformers_files(tokenizer).items()}
-    files[tokenizer.FILE] = tokenizer.content
+    if tokenizer.brings:  # of a folder: its tokenizer as it is
+        files = files_of(info.path)
+    else:
+        files = {name: text.encode("utf-8") for name, text in transformers_files(tokenizer).items()}
+        files[tokenizer.FILE] = tokenizer.content
     files["README.md"] = model_card(model, tokenizer, info, architecture(model.config)).encode("utf-8")
     ends = {"bos_token_id": tokenizer.eos_id, "eos_token_id": [tokenizer.eos_id, tokenizer.chat_end_id]}
     padding_ids = range(tokenizer.vocab_size, model.config.vocab_size)

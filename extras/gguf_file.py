@@ -11,7 +11,7 @@ import torch
 
 from extras.huggingface import OWN, QWEN2, QWEN2_MOE, QWEN3, architecture, hugging_face_tensors
 from extras.transformers_tokenizer import CHAT_TEMPLATE, merges_of, qwen_parts
-from tokenizer import SPECIALS, Qwen
+from tokenizer import Qwen
 
 SOFT_MOE = "llama.cpp has no Soft MoE: train with --ffn dense, or use the folder of --export"
 WHY_NOT = {OWN: f"{SOFT_MOE}; a dense one must do without --reset-at-eos and --pack", QWEN2_MOE: SOFT_MOE}
@@ -63,8 +63,9 @@ def add_tokenizer(writer, tokenizer, rows, eos_first):
     """Add the tokens of a model whose embedding has so many rows; those without an id can never be sampled."""
     if isinstance(tokenizer, Qwen):
         *_, vocab, mergeable = qwen_parts(tokenizer)
-        tokens = [*vocab, *SPECIALS]
-        types = [NORMAL] * len(vocab) + [CONTROL] * len(SPECIALS)
+        tokens = [*vocab, *tokenizer.specials]
+        types = [NORMAL] * len(vocab)
+        types += [USER_DEFINED if tokenizer.token_bytes[i] else CONTROL for i in tokenizer.specials.values()]
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("qwen2")
         writer.add_token_merges([" ".join(pair) for pair in merges_of(mergeable)])
@@ -88,7 +89,7 @@ def add_tokenizer(writer, tokenizer, rows, eos_first):
     writer.add_add_bos_token(eos_first)
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_eot_token_id(tokenizer.chat_end_id)
-    writer.add_chat_template(CHAT_TEMPLATE)
+    writer.add_chat_template(tokenizer.chat_template or CHAT_TEMPLATE)
 
 
 def type_of_piece(sp, i):

@@ -114,7 +114,10 @@ def texts_asked(body, is_chat, server):
         raise Refusal(404, problem, "model_not_found", "model")
     prefix, tokenizer = prompt_prefix(server.tokenizer, server.info), server.tokenizer
     if is_chat:
-        prompts = [chat_ids(tokenizer, messages_of(body.get("messages")), prefix)]
+        try:
+            prompts = [chat_ids(tokenizer, messages_of(body.get("messages")), prefix)]
+        except ValueError as error:  # of a folder's own chat template
+            raise Refusal(400, str(error), param="messages") from None
     else:
         given = take(body, "prompt", (str, list), "")
         given = [given] if isinstance(given, str) else given

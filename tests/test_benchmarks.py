@@ -78,7 +78,7 @@ PROMPTS = {
     "cmmlu": "以下是关于逻辑学的单项选择题，请直接给出正确答案的选项。\n\n"
     "题目：字的偏旁，\n何者为水？\nA. 江\nB. None\nC. NA\nD. null\n答案是：A\n\n"
     '题目：1+1=?\nA. 1\nB. 0.50\nC. 2\nD. "二", 两\n答案是：',
-    "mmlu": "The following are multiple choice questions (with answers) about formal logic.\n\n"
+    "mmlu": "The following are multiple choice questions (with answers) about  formal logic.\n\n"
     "字的偏旁，\n何者为水？\nA. 江\nB. None\nC. NA\nD. null\nAnswer: A\n\n"
     '1+1=?\nA. 1\nB. 0.50\nC. 2\nD. "二", 两\nAnswer:',
 }
