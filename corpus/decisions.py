@@ -25,7 +25,9 @@ def decide(cleaned, out, work, manifest, reference, near, run):
     The shards that are there count as earlier text. An original is the number of a document: first those in the
     shards, then the new ones; -1 for what is no near copy. run: of prepare.py.
     """
-    known = [np.load(out / f"{shard['name']}.hashes.npy", mmap_mode="r") for shard in manifest["shards"]]
+    known = [
+        np.load(out / f"{shard['name']}.hashes.npy", mmap_mode="r", allow_pickle=False) for shard in manifest["shards"]
+    ]
     if any(rows.shape[1] != 4 for rows in known):
         fix = "choose another --out, or delete the folder and prepare all of its text again"
         raise ValueError(f"{out} was prepared by an older version, with other fingerprints: {fix}")

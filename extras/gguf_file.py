@@ -21,7 +21,7 @@ WHY_NOT = {OWN: f"{SOFT_MOE}; a dense one must do without --reset-at-eos and --p
 def export_gguf(model, tokenizer, info, path):
     """Write a model with its tokenizer as a file, which appears only when all of it is written. ValueError if llama.cpp
     could not run it."""
-    path, config, kind = Path(path), model.config, architecture(model.config)
+    path, kind = Path(path), architecture(model.config)
     if kind not in (QWEN2, QWEN3):
         raise ValueError(f"--export-gguf {path}: {WHY_NOT[kind]}")
     try:
@@ -31,9 +31,18 @@ def export_gguf(model, tokenizer, info, path):
     if not path.parent.is_dir():
         raise ValueError(f"--export-gguf {path}: no folder {path.parent}")
     temporary = path.with_name(path.name + ".tmp")
+    try:
+        write_gguf(gguf, model, tokenizer, info, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_gguf(gguf, model, tokenizer, info, path):
+    config, kind = model.config, architecture(model.config)
     theirs = {QWEN2: gguf.MODEL_ARCH.QWEN2, QWEN3: gguf.MODEL_ARCH.QWEN3}[kind]
-    writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[theirs])
-    writer.add_name(path.stem)
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[theirs])
+    writer.add_name(Path(path.stem).stem)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.d_model)
@@ -53,7 +62,6 @@ def export_gguf(model, tokenizer, info, path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    os.replace(temporary, path)
 
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens in llama.cpp

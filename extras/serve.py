@@ -16,6 +16,7 @@ import queue
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -124,7 +125,8 @@ def texts_asked(body, is_chat, server):
         if not given or not all(isinstance(text, str) for text in given):
             raise Refusal(400, "prompt: expected a text or a list of texts", param="prompt")
         prompts = [(prefix + tokenizer.encode(text)) or [tokenizer.eos_id] for text in given]
-    if body.get("stream") and len(prompts) > 1:
+    take(body, "stream_options", (dict,), {})
+    if take(body, "stream", (bool,), False) and len(prompts) > 1:
         raise Refusal(400, "prompt: a stream has one text, ask for several without stream", param="prompt")
     context = server.model.config.block_size
     longest = max(map(len, prompts))
@@ -272,7 +274,8 @@ class Server(ThreadingHTTPServer):
         super().__init__((args.host, args.port), Handler)
 
     def handle_error(self, request, client_address):
-        pass  # a client that went away while it was answered
+        if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):  # a client that went away is no error
+            super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):

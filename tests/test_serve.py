@@ -168,6 +168,8 @@ REFUSED = [  # a change to a good request, the status, words of the message
     ({"temperature": 3}, 400, "temperature: expected int or float from 0 to 2"),
     ({"temperature": "hot"}, 400, "temperature: expected int or float"),
     ({"max_tokens": 0}, 400, "max_tokens: expected int from 1"),
+    ({"stream": "yes"}, 400, "stream: expected bool"),
+    ({"stream_options": True}, 400, "stream_options: expected dict"),
     ({"stop": [""]}, 400, "stop: expected at most 16 texts"),
     ({"messages": []}, 400, "messages: expected a list"),
     ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages: expected role system, user or assistant"),
