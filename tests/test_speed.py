@@ -105,7 +105,13 @@ def test_a_small_benchmark_of_the_data_stage_prints_every_line(monkeypatch):
     lines = call("extras.speed", "data", "--megabytes", 0.3, "--documents", 5000).stdout.splitlines()
     lines = [line for line in lines if not line.startswith("fetching")]
     beginnings = ["tokenising", "pipeline zh", "    of 0 MB: ", "    of 1 MB: "]
-    beginnings += ["all of prepare.py on 1.2 MB: 1 process", "slowest operators", "copies among 5,000"]
+    beginnings += [
+        "all of prepare.py on 1.2 MB: 1 process",
+        "a GB takes",
+        "    by this, hours",
+        "slowest operators",
+        "copies among 5,000",
+    ]
     assert_lines(lines, beginnings)
     assert lines[6].endswith("MB, 3 near copies found")  # documents 2,500, 3,500 and 4,500 are three bits off
 
