@@ -54,9 +54,11 @@ def write_gguf(gguf, model, tokenizer, info, path):
     writer.add_value_length(config.head_width)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.rope_base)
-    add_tokenizer(writer, tokenizer, config.vocab_size, info.eos_first)
+    add_tokenizer(writer, tokenizer, info.eos_first)
     names = gguf.get_tensor_name_map(theirs, config.n_layer)
     for name, tensor in hugging_face_tensors(model, kind):
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):  # without padding: llama.cpp would sample it
+            tensor = tensor[: tokenizer.vocab_size]
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.float().contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -64,11 +66,11 @@ def write_gguf(gguf, model, tokenizer, info, path):
     writer.close()
 
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens in llama.cpp
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, _, BYTE = range(1, 7)  # types of tokens in llama.cpp
 
 
-def add_tokenizer(writer, tokenizer, rows, eos_first):
-    """Add the tokens of a model whose embedding has so many rows; those without an id can never be sampled."""
+def add_tokenizer(writer, tokenizer, eos_first):
+    """Add the tokens and how texts begin and end."""
     if isinstance(tokenizer, Qwen):
         *_, vocab, mergeable = qwen_parts(tokenizer)
         tokens = [*vocab, *tokenizer.specials]
@@ -82,13 +84,11 @@ def add_tokenizer(writer, tokenizer, rows, eos_first):
         sp = tokenizer.processor
         tokens = [sp.id_to_piece(i) for i in range(len(sp))]
         types = [type_of_piece(sp, i) for i in range(len(sp))]
-        scores = [sp.get_score(i) for i in range(len(sp))] + [-1e9] * (rows - len(sp))
+        scores = [sp.get_score(i) for i in range(len(sp))]
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_add_space_prefix(False)
         writer.add_remove_extra_whitespaces(False)
-    tokens += [f"[PAD{i}]" for i in range(len(tokens), rows)]
-    types += [UNUSED] * (rows - len(types))
     writer.add_token_list(tokens)
     if scores:
         writer.add_token_scores(scores)

@@ -113,7 +113,7 @@ def test_a_small_benchmark_of_the_data_stage_prints_every_line(monkeypatch):
         "copies among 5,000",
     ]
     assert_lines(lines, beginnings)
-    assert lines[6].endswith("MB, 3 near copies found")  # documents 2,500, 3,500 and 4,500 are three bits off
+    assert lines[8].endswith("MB, 3 near copies found")  # documents 2,500, 3,500 and 4,500 are three bits off
 
 
 # ----------------------------------------------------------------------------------------------------------------------
