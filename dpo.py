@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import isolate, load
+from common import track
 from data import evenly_spaced, inputs_and_targets, write_array
 
 
@@ -103,7 +104,8 @@ def score_answers(model, samples, numbers, batch, ranks, stopping=None):
     result = torch.zeros(2, len(numbers), most_answers(samples))
     # -1 pads: all ranks make equally many forwards, as FSDP needs, of one shape
     places = np.pad(np.arange(len(numbers)), (0, -len(numbers) % (batch * ranks.world)), constant_values=-1)
-    for some in places.reshape(-1, batch)[ranks.rank :: ranks.world]:
+    own = places.reshape(-1, batch)[ranks.rank :: ranks.world]
+    for some in track(own, "scoring answers", "batches", shown=ranks.rank == 0):
         if stopping and stopping():
             return None
         rows = zip(*(inputs_and_targets(samples, numbers[max(i, 0)]) for i in some))
