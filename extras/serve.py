@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import uuid
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -55,12 +56,18 @@ def get_args(argv=None):
 
 
 class Refusal(Exception):
-    """An answer with a status other than 200: OpenAI's error object."""
+    """An answer with a status other than 200: OpenAI's error object, its message in one line."""
 
     def __init__(self, status, message, code=None, param=None):
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
+        kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
+        kind, message = kinds.get(status, "invalid_request_error"), " ".join(message.split())
         self.status = status
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def to_json(content):
+    """Bytes of UTF-8. A request's JSON can hold half a character of UTF-16, which has none: it becomes "?"."""
+    return json.dumps(content, ensure_ascii=False).encode("utf-8", errors="replace")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -124,6 +131,9 @@ def texts_asked(body, is_chat, server):
         given = [given] if isinstance(given, str) else given
         if not given or not all(isinstance(text, str) for text in given):
             raise Refusal(400, "prompt: expected a text or a list of texts", param="prompt")
+        if len(given) > server.waiting.maxsize:
+            problem = f"prompt: {len(given)} texts, at most {server.waiting.maxsize} can wait together"
+            raise Refusal(400, problem, param="prompt")
         prompts = [(prefix + tokenizer.encode(text)) or [tokenizer.eos_id] for text in given]
     take(body, "stream_options", (dict,), {})
     if take(body, "stream", (bool,), False) and len(prompts) > 1:
@@ -137,10 +147,13 @@ def texts_asked(body, is_chat, server):
     stops = [stops] if isinstance(stops, str) else stops
     if not all(isinstance(stop, str) and stop for stop in stops) or len(stops) > 16:
         raise Refusal(400, "stop: expected at most 16 texts that are not empty", param="stop")
+    temperature = take(body, "temperature", (int, float), 1.0, 0, 2)
+    if 0 < temperature < 0.001:  # logits / 1e-45 are infinite, which fails every text of the batch
+        raise Refusal(400, "temperature: expected 0, or 0.001 or more", param="temperature")
     limit = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
     settings = {
         "max_tokens": take(body, limit, (int,), context if is_chat else TEXT_TOKENS, 1, 1 << 20),
-        "temperature": take(body, "temperature", (int, float), 1.0, 0, 2),
+        "temperature": temperature,
         "top_p": take(body, "top_p", (int, float), 1.0, 0.001, 1),
         "stops": stops,
         "experts": take(body, "experts", (bool,), False) and server.names_experts,
@@ -159,7 +172,7 @@ def messages_of(given):
         role, content = (message.get(key) for key in ("role", "content")) if isinstance(message, dict) else (None, None)
         if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
             content = "".join(str(part.get("text", "")) for part in content)
-        role = {"developer": "system"}.get(role, role)
+        role = "system" if role == "developer" else role
         if role not in ("system", "user", "assistant") or not isinstance(content, str):
             raise Refusal(400, "messages: expected role system, user or assistant, and a text", param="messages")
         messages.append({"role": role, "content": content})
@@ -182,6 +195,7 @@ def serve_texts(server):
             if texts:
                 generate_texts(server, texts)
         except Exception as error:  # a failure must not end the server, nor leave a client waiting
+            traceback.print_exc()
             for text in texts:
                 text.news.put(f"error: {type(error).__name__}: {error}")
 
@@ -281,6 +295,8 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 60  # seconds for a request to arrive
+    error_content_type = "application/json"  # of what http.server refuses itself, like an unknown method
+    error_message_format = json.dumps(Refusal(501, "%(explain)s").body)
 
     def log_message(self, format, *args):
         pass
@@ -310,9 +326,9 @@ class Handler(BaseHTTPRequestHandler):
             texts = texts_asked(body, self.is_chat, self.server)
             if len(texts) > self.server.waiting.maxsize - self.server.waiting.qsize():
                 raise Refusal(429, "too many requests are waiting: try again in a second", "rate_limit_exceeded")
-            for text in texts:
-                self.enqueue(text)
             try:
+                for text in texts:
+                    self.enqueue(text)
                 (self.stream if body.get("stream") else self.answer)(texts, body)
             finally:
                 for text in texts:
@@ -360,12 +376,11 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 news = text.news.get(timeout=0.5)
             except queue.Empty:
-                if self.client_is_gone():
-                    raise ConnectionError from None
-                if time.monotonic() > text.deadline + 5:
-                    news = "length"
-                else:
-                    continue
+                news = "length" if time.monotonic() > text.deadline + 5 else None
+            if self.client_is_gone():  # looked at for every token: a whole answer writes nothing until its end
+                raise ConnectionError
+            if news is None:
+                continue
             if isinstance(news, str):
                 if news.startswith("error"):
                     raise ValueError(news)
@@ -426,11 +441,11 @@ class Handler(BaseHTTPRequestHandler):
         return head | {"choices": choices}
 
     def event(self, content):
-        self.wfile.write(b"data: " + json.dumps(content, ensure_ascii=False).encode("utf-8") + b"\n\n")
+        self.wfile.write(b"data: " + to_json(content) + b"\n\n")
         self.wfile.flush()
 
     def send_json(self, status, content):
-        self.send(status, json.dumps(content, ensure_ascii=False).encode("utf-8"), "application/json; charset=utf-8")
+        self.send(status, to_json(content), "application/json; charset=utf-8")
 
     def send(self, status, content, kind):
         self.send_response(status)

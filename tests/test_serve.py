@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import queue
 import re
 import signal
 import socket
@@ -125,7 +126,10 @@ def text_of(server, prompt, **changes):
 
 
 def news_of(text):
-    return list(iter(text.news.get, "length")) if not text.news.empty() else []
+    """What the thread of the model said of a text that is done: (id, expert)s."""
+    news = [text.news.get_nowait() for _ in range(text.news.qsize())]
+    assert news[-1] in ("length", "stop")
+    return news[:-1]
 
 
 def test_a_text_does_not_depend_on_those_beside_it(start):
@@ -165,14 +169,18 @@ REFUSED = [  # a change to a good request, the status, words of the message
     ({"logprobs": True}, 400, "logprobs = true is not supported here"),
     ({"tools": [{"type": "function"}]}, 400, "tools = "),
     ({"wings": 2}, 400, "wings is not supported here"),
+    ({"wi\nngs": 2}, 400, "wi ngs is not supported here"),
+    ({"\ud800": 2}, 400, "? is not supported here"),  # half a character of UTF-16, which JSON can hold
     ({"temperature": 3}, 400, "temperature: expected int or float from 0 to 2"),
     ({"temperature": "hot"}, 400, "temperature: expected int or float"),
+    ({"temperature": 1e-45}, 400, "temperature: expected 0, or 0.001 or more"),  # 0 / 0 would fail the whole batch
     ({"max_tokens": 0}, 400, "max_tokens: expected int from 1"),
     ({"stream": "yes"}, 400, "stream: expected bool"),
     ({"stream_options": True}, 400, "stream_options: expected dict"),
     ({"stop": [""]}, 400, "stop: expected at most 16 texts"),
     ({"messages": []}, 400, "messages: expected a list"),
     ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages: expected role system, user or assistant"),
+    ({"messages": [{"role": ["user"], "content": "x"}]}, 400, "messages: expected role system, user or assistant"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages: expected role"),
     ({"messages": [{"role": "user", "content": "曹操" * 300}]}, 400, "the model's context is 256"),
     ({"model": "gpt-5"}, 404, 'there is no model "gpt-5", only run'),
@@ -209,26 +217,37 @@ def test_what_cannot_be_done_is_refused_in_one_line(start):
     assert ask(server, good)[0] == 401 and ask(server, good, Authorization="Bearer wrong")[0] == 401
     with pytest.raises(openai.AuthenticationError):
         server.client("wrong").models.list()
+    found, answer = ask(server, {"prompt": ["却说", "次日"]}, path="/v1/completions", **key)
+    assert found == 400 and "prompt: 2 texts, at most 1" in answer["error"]["message"]  # the queue never has room
+    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=30)
+    connection.request("PUT", "/v1/models")
+    refusal = connection.getresponse()
+    assert refusal.status == 501 and "not support" in json.loads(refusal.read())["error"]["message"]
     server.waiting.put("one that waits")
     assert ask(server, good, **key)[0] == 429
     server.waiting.get()
 
 
-def test_a_client_that_goes_away_ends_its_work(start):
+@pytest.mark.parametrize("flows", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_ends_its_work(start, stream, flows):
+    """flows: while token follows token; a whole answer writes nothing by which the server could notice."""
     server = start(generates=False)
-    for stream in (True, False):
-        body = json.dumps({"prompt": "却说", "max_tokens": 200, "stream": stream}).encode("utf-8")
-        head = f"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        with socket.create_connection(server.server_address) as connection:
-            connection.sendall(head.encode() + body)
-            text = server.waiting.get(timeout=10)
-            assert not text.is_given_up
-        deadline = time.monotonic() + 20
-        while not text.is_given_up:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        generate_texts(server, [text])
-        assert text.news.get() == "length" and text.news.empty()  # not one token
+    body = json.dumps({"prompt": "却说", "max_tokens": 200, "stream": stream}).encode("utf-8")
+    head = f"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(server.server_address) as connection:
+        connection.sendall(head.encode() + body)
+        text = server.waiting.get(timeout=10)
+        assert not text.is_given_up
+    deadline = time.monotonic() + 20
+    while not text.is_given_up:
+        assert time.monotonic() < deadline
+        if flows:
+            text.news.put((5, None))
+        time.sleep(0.005)
+    text.news = queue.SimpleQueue()
+    generate_texts(server, [text])
+    assert news_of(text) == []  # not one token
 
 
 def test_a_request_takes_no_longer_than_its_time(start):
@@ -238,18 +257,19 @@ def test_a_request_takes_no_longer_than_its_time(start):
     text = text_of(server, "却说")
     text.deadline = time.monotonic() - 1
     generate_texts(server, [text])
-    assert text.news.get() == "length" and text.news.empty()
+    assert news_of(text) == []
 
 
-def test_a_failure_is_answered_and_the_server_goes_on(start, monkeypatch):
+def test_a_failure_is_answered_and_the_server_goes_on(start, monkeypatch, capsys):
     server = start()
 
     def fail(*args, **kwargs):
-        raise RuntimeError("out of memory")
+        raise RuntimeError("out\nof memory")
 
     monkeypatch.setattr(serve, "generate", fail)
-    with pytest.raises(openai.InternalServerError, match="RuntimeError: out of memory"):
+    with pytest.raises(openai.InternalServerError, match="RuntimeError: out of memory") as failure:
         server.client().completions.create(model="run", prompt="却说")
+    assert failure.value.type == "server_error" and "RuntimeError: out\nof memory" in capsys.readouterr().err
     monkeypatch.undo()
     assert server.client().completions.create(model="run", prompt="却说", max_tokens=3).usage.completion_tokens <= 3
 
