@@ -12,6 +12,7 @@ import contextlib
 import hmac
 import itertools
 import json
+import os
 import queue
 import select
 import signal
@@ -193,7 +194,8 @@ def serve_texts(server):
         texts = [text for text in texts if not text.is_given_up]
         try:
             if texts:
-                generate_texts(server, texts)
+                with server.at_work:
+                    generate_texts(server, texts)
         except Exception as error:  # a failure must not end the server, nor leave a client waiting
             traceback.print_exc()
             for text in texts:
@@ -231,7 +233,8 @@ def generate_texts(server, texts):
                 if waits[row] is not None:
                     text.news.put((waits[row], of_last[row]))
                     waits[row] = None
-                if text.is_given_up or time.monotonic() > text.deadline or i == -1:  # -1: its context is full
+                is_late = server.is_ending or time.monotonic() > text.deadline
+                if text.is_given_up or is_late or i == -1:  # -1: its context is full
                     end(row, "length")
                 elif i in stop_ids:
                     end(row, "stop")
@@ -285,6 +288,7 @@ class Server(ThreadingHTTPServer):
         self.waiting = queue.Queue(args.queue)
         self.names_experts = model.config.ffn == "soft_moe" and not model.config.reads_ahead
         self.started = int(time.time())
+        self.is_ending, self.at_work = False, threading.Lock()
         super().__init__((args.host, args.port), Handler)
 
     def handle_error(self, request, client_address):
@@ -480,6 +484,9 @@ def main(argv=None):
         server.serve_forever()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # it is ending: a second Ctrl-C must not print a traceback
+    server.is_ending = True
+    if not server.at_work.acquire(timeout=1):  # Python must not end while a thread is in torch: that aborts
+        os._exit(0)  # a step of a large model takes longer
 
 
 if __name__ == "__main__":

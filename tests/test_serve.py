@@ -298,17 +298,23 @@ def test_thirty_two_clients_lose_nothing(start):
     assert answers == [True] * 200
 
 
-def test_ctrl_c_ends_it_cleanly(run_folder):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at_work", [False, True])
+def test_ctrl_c_ends_it_cleanly(run_folder, number, at_work):
     command = [sys.executable, "-m", "extras.serve", str(run_folder), "--port", "0"]
-    for number in (signal.SIGINT, signal.SIGTERM):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        url = re.search(r"http://[\d.]+:(\d+)/v1", process.stdout.readline())
-        connection = http.client.HTTPConnection("127.0.0.1", int(url[1]), timeout=30)
-        connection.request("GET", "/")
-        page = connection.getresponse().read().decode("utf-8")
-        assert page == (ROOT / "extras" / "serve.html").read_text(encoding="utf-8")
-        process.send_signal(number)
-        assert process.wait(timeout=20) == 0 and process.stderr.read() == ""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    url = re.search(r"http://[\d.]+:(\d+)/v1", process.stdout.readline())
+    connection = http.client.HTTPConnection("127.0.0.1", int(url[1]), timeout=30)
+    connection.request("GET", "/")
+    page = connection.getresponse().read().decode("utf-8")
+    assert page == (ROOT / "extras" / "serve.html").read_text(encoding="utf-8")
+    if at_work:
+        body = json.dumps({"prompt": "却说", "max_tokens": 250, "stream": True})
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        assert answer.readline().startswith(b"data: ")  # the first of 250 tokens
+    process.send_signal(number)
+    assert process.wait(timeout=2) == 0 and process.stderr.read() == ""
 
 
 @pytest.mark.slow
