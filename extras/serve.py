@@ -475,13 +475,15 @@ def main(argv=None):
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"--host {args.host} --port {args.port}: {reason}: choose others") from None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # in a thread: shutdown() waits until serve_forever() has returned
+        signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
+    if hasattr(signal, "SIGPIPE"):  # Windows has none
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # run_command's default ends the process: one client left
     threading.Thread(target=serve_texts, args=(server,), daemon=True).start()
     host, port = server.server_address[:2]
     print(f"{info.path}: http://{host}:{port}/v1, a page at http://{host}:{port}/ (Ctrl-C ends it)", flush=True)
-    with server, contextlib.suppress(KeyboardInterrupt):
-        server.serve_forever()
+    with server:
+        server.serve_forever(poll_interval=0.1)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # it is ending: a second Ctrl-C must not print a traceback
     server.is_ending = True

@@ -298,23 +298,50 @@ def test_thirty_two_clients_lose_nothing(start):
     assert answers == [True] * 200
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("at_work", [False, True])
-def test_ctrl_c_ends_it_cleanly(run_folder, number, at_work):
+@pytest.fixture
+def process(run_folder):
+    """A server in a process of its own, as run_command() sets it up -> it, with the port."""
     command = [sys.executable, "-m", "extras.serve", str(run_folder), "--port", "0"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    url = re.search(r"http://[\d.]+:(\d+)/v1", process.stdout.readline())
-    connection = http.client.HTTPConnection("127.0.0.1", int(url[1]), timeout=30)
+    yield process, int(re.search(r"http://[\d.]+:(\d+)/v1", process.stdout.readline())[1])
+    process.kill()
+    process.communicate()
+
+
+def started_stream(port):
+    """A connection with the first of 250 tokens on it."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    body = json.dumps({"prompt": "却说", "max_tokens": 250, "stream": True})
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    assert answer.readline().startswith(b"data: ")
+    return connection, answer
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at_work", [False, True])
+def test_ctrl_c_ends_it_cleanly(process, number, at_work):
+    server, port = process
+    connections = [started_stream(port) for _ in range(4 * at_work)]
+    server.send_signal(number)
+    assert server.wait(timeout=2) == 0 and server.stderr.read() == ""
+    for connection, answer in connections:
+        answer.close()
+        connection.close()
+
+
+def test_clients_that_leave_end_no_server(process):
+    server, port = process
+    for _ in range(20):
+        connection, answer = started_stream(port)
+        answer.close()
+        connection.close()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     connection.request("GET", "/")
     page = connection.getresponse().read().decode("utf-8")
     assert page == (ROOT / "extras" / "serve.html").read_text(encoding="utf-8")
-    if at_work:
-        body = json.dumps({"prompt": "却说", "max_tokens": 250, "stream": True})
-        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        assert answer.readline().startswith(b"data: ")  # the first of 250 tokens
-    process.send_signal(number)
-    assert process.wait(timeout=2) == 0 and process.stderr.read() == ""
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(timeout=2) == 0 and server.stderr.read() == ""
 
 
 @pytest.mark.slow
