@@ -375,12 +375,20 @@ def test_the_page_in_a_browser(start, tmp_path):
         page.locator("#prompt").press("Enter")
         page.locator("#log .user").wait_for()
         page.get_by_role("button", name="send").wait_for()
+        long = [name * 40 for name in ("却说", "玄德", "次日")]  # they do not fit the context together
+        for question in (*long, "曹操" * 300, "再问"):
+            page.locator("#prompt").fill(question)
+            page.locator("#prompt").press("Enter")
+            page.get_by_role("button", name="send").wait_for()
+        refused = page.locator("#log .error").all_inner_texts()
+        asked_last = page.locator("#log .user").last.inner_text()
         page.screenshot(path=tmp_path / "page.png")
         browser.close()
     tokenizer = server.tokenizer
     ids = [tokenizer.eos_id, *tokenizer.encode("却说<b>曹操</b>")]
     assert said == "却说<b>曹操</b>" + tokenizer.decode(greedy(server, ids, 20))  # as text: nothing of it is markup
     assert len(set(colours) - {""}) > 1 and errors == []
+    assert len(refused) == 1 and "the model's context is 256" in refused[0] and asked_last == "再问"
     assert {url.removeprefix(address) for url in asked} <= {
         "",
         "v1/models",
