@@ -19,8 +19,9 @@ import torch
 from conftest import ROOT, TINY, call
 
 from checkpoint import load
-from extras import serve
-from extras.serve import Server, Text, experts_of, generate_texts, serve_texts
+from extras import completions
+from extras.completions import Text, experts_of, generate_texts, serve_texts
+from extras.serve import Server
 from sample import chat_ids, generate
 
 TURN = [{"role": "user", "content": "却说曹操如何？"}]
@@ -266,7 +267,7 @@ def test_a_failure_is_answered_and_the_server_goes_on(start, monkeypatch, capsys
     def fail(*args, **kwargs):
         raise RuntimeError("out\nof memory")
 
-    monkeypatch.setattr(serve, "generate", fail)
+    monkeypatch.setattr(completions, "generate", fail)
     with pytest.raises(openai.InternalServerError, match="RuntimeError: out of memory") as failure:
         server.client().completions.create(model="run", prompt="却说")
     assert failure.value.type == "server_error" and "RuntimeError: out\nof memory" in capsys.readouterr().err
