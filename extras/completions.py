@@ -148,8 +148,7 @@ def serve_texts(server):
         texts = [text for text in texts if not text.is_given_up]
         try:
             if texts:
-                with server.at_work:
-                    generate_texts(server, texts)
+                generate_texts(server, texts)
         except Exception as error:  # a failure must not end the server, nor leave a client waiting
             traceback.print_exc()
             for text in texts:
@@ -187,8 +186,7 @@ def generate_texts(server, texts):
                 if waits[row] is not None:
                     text.news.put((waits[row], of_last[row]))
                     waits[row] = None
-                is_late = server.is_ending or time.monotonic() > text.deadline
-                if text.is_given_up or is_late or i == -1:  # -1: its context is full
+                if text.is_given_up or time.monotonic() > text.deadline or i == -1:  # -1: its context is full
                     end(row, "length")
                 elif i in stop_ids:
                     end(row, "stop")

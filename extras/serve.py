@@ -69,7 +69,6 @@ class Server(ThreadingHTTPServer):
         self.waiting = queue.Queue(args.queue)
         self.names_experts = model.config.ffn == "soft_moe" and not model.config.reads_ahead
         self.started = int(time.time())
-        self.is_ending, self.at_work = False, threading.Lock()
         super().__init__((args.host, args.port), Handler)
 
     def handle_error(self, request, client_address):
@@ -265,11 +264,7 @@ def main(argv=None):
     print(f"{info.path}: http://{host}:{port}/v1, a page at http://{host}:{port}/ (Ctrl-C ends it)", flush=True)
     with server:
         server.serve_forever(poll_interval=0.1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # it is ending: a second Ctrl-C must not print a traceback
-    server.is_ending = True
-    if not server.at_work.acquire(timeout=1):  # Python must not end while a thread is in torch: that aborts
-        os._exit(0)  # a step of a large model takes longer
+    os._exit(0)  # at once: where a thread is in torch, Python's own end aborts
 
 
 if __name__ == "__main__":

@@ -333,10 +333,13 @@ def test_ctrl_c_ends_it_cleanly(process, number, at_work):
 
 def test_clients_that_leave_end_no_server(process):
     server, port = process
-    for _ in range(20):
+    for _ in range(10):
         connection, answer = started_stream(port)
         answer.close()
         connection.close()
+        with socket.create_connection(("127.0.0.1", port)) as half:  # a refusal that nobody reads: SIGPIPE
+            half.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n")
+            half.sendall(b"Content-Length: 9\r\n\r\n{")
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     connection.request("GET", "/")
     page = connection.getresponse().read().decode("utf-8")
