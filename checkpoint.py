@@ -44,6 +44,11 @@ class Info:
     chat: bool = False  # trained mostly on conversations
     eos_first: bool = False  # documents begin after an eos: ours do
 
+    @property
+    def name(self):
+        """Of the run or the folder."""
+        return self.path.parent.name if self.state else self.path.name
+
 
 def load(path):
     """-> model (fp32, on the CPU), tokenizer, Info of a step, of a run's newest step, or of a Hugging Face folder."""

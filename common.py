@@ -169,7 +169,7 @@ def track(items, what, unit, total=None, shown=True):
 
 
 def how_far(n, total, seconds):
-    """ "8 s to go, 20 of 100" after so many seconds."""
+    """In words, such as: 8 s to go, 20 of 100. seconds: since the first of them began."""
     return f"{seconds / n * (total - n):,.0f} s to go, {n:,} of {total:,}"
 
 

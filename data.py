@@ -73,6 +73,20 @@ def shard_is_whole(folder, shard):
 # Reading
 
 
+def documents_of(folder, shard, numbers):
+    """Yield (ids, mask or None) of some documents of a shard, by their numbers in it; the last id ends the document.
+
+    shard: its entry in the manifest.
+    """
+    arrays = {
+        kind: np.load(shard_path(folder, shard["name"], kind), mmap_mode="r", allow_pickle=False)
+        for kind in shard["sha256"].keys() & {"tokens", "ends", "mask"}
+    }
+    for number in numbers:
+        own = slice(int(arrays["ends"][number - 1]) if number else 0, int(arrays["ends"][number]))
+        yield arrays["tokens"][own], arrays["mask"][own] if "mask" in arrays else None
+
+
 def read_manifest(folder):
     """manifest.json as a dict. ValueError if it is missing, damaged, or names files outside its folder."""
     path = Path(folder) / "manifest.json"

@@ -227,40 +227,42 @@ CHARACTER_OF = {byte: byte for byte in PRINTABLE} | {byte: 0x100 + n for n, byte
 
 
 def qwen_content(path):
-    """The bytes of qwen.tiktoken, one line "base64 rank" per token, from any of the forms of the vocabulary."""
-    content = path.read_bytes()
+    """-> the bytes of qwen.tiktoken, one line "base64 rank" per token, from any of the forms of the vocabulary; and the
+    added tokens [{id, content, special}] of a tokenizer.json."""
+    content, added = path.read_bytes(), []
     if path.suffix != ".json":
-        return content
+        return content, added
     vocab = json.loads(content)
     if isinstance(vocab.get("model"), dict):  # tokenizer.json; in vocab.json "model" is a token like any other
-        added = {token["id"]: token["content"] for token in vocab["added_tokens"]}
+        added = vocab["added_tokens"]
+        names = {token["id"]: token["content"] for token in added}
         vocab = vocab["model"]["vocab"]
-        if [added.get(len(vocab) + i) for i in range(len(SPECIALS))] != list(SPECIALS):
+        if [names.get(len(vocab) + i) for i in range(len(SPECIALS))] != list(SPECIALS):
             raise ValueError("other special tokens")
     byte_of = {character: byte for byte, character in CHARACTER_OF.items()}
     lines = []
     for token, rank in sorted(vocab.items(), key=lambda item: item[1]):
         lines.append(base64.b64encode(token.translate(byte_of).encode("latin-1")) + b" %d\n" % rank)
-    return b"".join(lines)
+    return b"".join(lines), added
 
 
-def further_tokens(path):
-    """Tokens that a model's folder adds to Qwen's vocabulary: [text, whether it is special], the first one's id first.
+def further_tokens(path, added):
+    """[text, whether it is special] of the tokens that a model's folder adds to Qwen's vocabulary, by their ids.
 
-    ValueError if their ids do not follow on each other.
+    A folder with vocab.json has them in its tokenizer_config.json. ValueError if the ids do not follow on each other.
     """
-    if path.suffix != ".json":
-        return []
-    content = json.loads(path.read_text(encoding="utf-8"))
     config = path.with_name("tokenizer_config.json")
-    added = content.get("added_tokens") if isinstance(content.get("model"), dict) else None
-    if added is None and config.exists():  # beside vocab.json
-        decoder = json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
-        added = [token | {"id": int(i)} for i, token in decoder.items()]
-    first = QWEN_TOKENS + len(SPECIALS)
-    further = {token["id"]: [token["content"], token["special"]] for token in added or () if token["id"] >= first}
+    problem = "its further special tokens have no ids one after another: nanoSteel cannot keep them"
+    try:
+        if path.name == "vocab.json" and config.exists():
+            decoder = json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+            added = [token | {"id": int(i)} for i, token in decoder.items()]
+        first = QWEN_TOKENS + len(SPECIALS)
+        further = {token["id"]: [token["content"], token["special"]] for token in added if token["id"] >= first}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{config} is damaged: download it again") from None
     if sorted(further) != list(range(first, first + len(further))):
-        raise ValueError("ids of further tokens with gaps")
+        raise ValueError(f"{path}: {problem}")
     return [further[i] for i in sorted(further)]
 
 
@@ -272,19 +274,17 @@ class Qwen(Tokenizer):
     def __init__(self, path):
         import tiktoken
 
-        further = []
         try:
-            content = qwen_content(Path(path))
-            further = further_tokens(Path(path))
+            content, added = qwen_content(Path(path))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # broken JSON, or of another shape
             content = b""
         if hashlib.sha256(content).hexdigest() != QWEN_SHA256:
             reason = "is not Qwen's vocabulary (sha256 of its ranks differs): fetch it with prepare.py --tokenizer qwen"
             raise ValueError(f"{path} {reason}")
         token_bytes = [base64.b64decode(line.split()[0]) for line in content.splitlines()]
+        further = further_tokens(Path(path), added)
         texts = [*SPECIALS, *(text for text, _ in further)]
         self.specials = {text: len(token_bytes) + i for i, text in enumerate(texts)}
-        self.further = {text: self.specials[text] for text, _ in further}
         self.encoding = tiktoken.Encoding(
             "qwen",
             pat_str=QWEN_PATTERN,

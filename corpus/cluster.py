@@ -70,6 +70,7 @@ def on_cluster(client, work, function, tasks, what, *_):
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     run = lambda *args, **kwargs: run_task(*args, **kwargs)  # noqa: E731
     here = {"folder": os.getcwd(), "work": str(work.resolve()), "root": str(ROOT), "surroundings": surroundings()}
+    # As bytes: dask itself would unpickle them before run_task has found the modules that they name.
     pickled = [cloudpickle.dumps((function, task)) for task in tasks]
     futures = client.map(run, pickled, [f"{what}-{i}" for i in range(len(tasks))], pure=False, **here)
     try:

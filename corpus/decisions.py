@@ -10,7 +10,7 @@ from corpus.cleaning import read_documents, read_hashes
 from corpus.copies import near_copies, near_pairs, pieces_of
 from corpus.reference import MAX_PERPLEXITY, NGram
 from corpus.work import code_digest, digest_of, progress
-from data import write_array
+from data import documents_of, write_array
 from tokenizer import load_tokenizer
 
 OUTCOMES = ("train", "val", "duplicate", "near_duplicate", "perplexity")
@@ -179,9 +179,5 @@ def text_in_shards(number, ends, shards, out):
     """The text of a document in the shards, by its number; ends: the number after each shard's last document."""
     i = int(np.searchsorted(ends, number, side="right"))
     at = number - (int(ends[i - 1]) if i else 0)
-    bounds, tokens = (
-        np.load(out / f"{shards[i]['name']}.{array}.npy", mmap_mode="r", allow_pickle=False)
-        for array in ("ends", "tokens")
-    )
-    ids = tokens[int(bounds[at - 1]) if at else 0 : int(bounds[at])].tolist()
-    return load_tokenizer(out).decode(ids)
+    ((ids, _),) = documents_of(out, shards[i], [at])
+    return load_tokenizer(out).decode(ids.tolist())

@@ -6,12 +6,12 @@ jinja2 comes with torch. A template is run in jinja2's sandbox: it sees the mess
 """
 
 import json
-import re
 import unicodedata
 from pathlib import Path
 
+from extras.safetensors_io import read_json
 from extras.transformers_tokenizer import CHAT_TEMPLATE
-from tokenizer import Qwen
+from tokenizer import SPECIALS, Qwen
 
 FILES = """
     tokenizer.json tokenizer_config.json chat_template.jinja special_tokens_map.json added_tokens.json vocab.json
@@ -23,7 +23,7 @@ def carry_over(tokenizer, folder):
     """Give a tokenizer the chat template of its folder, if it is another than ours, and say in .brings what is special
     about it. ValueError for a template that cannot be read."""
     template = template_of(Path(folder))
-    further = list(getattr(tokenizer, "further", {}))
+    further = list(tokenizer.specials)[len(SPECIALS) :] if isinstance(tokenizer, Qwen) else []
     brings = [f"{len(further)} further special tokens ({', '.join(further[:2])}, ...)"] if further else []
     if template and template != CHAT_TEMPLATE and isinstance(tokenizer, Qwen):
         brings.append("a chat template of its own")
@@ -37,7 +37,8 @@ def carry_over(tokenizer, folder):
                     raise ValueError(
                         f"{folder}: a message holds {found[0]}, which its chat template takes for a marker"
                     )
-            return encode_marked(tokenizer, render(messages, open_turn)), None
+            text = unicodedata.normalize("NFC", render(messages, open_turn))
+            return tokenizer.encoding.encode(text, allowed_special="all"), None
 
         tokenizer.encode_chat = encode_chat
     tokenizer.brings = " and ".join(brings)
@@ -47,11 +48,8 @@ def template_of(folder):
     """The chat template of a folder, or None."""
     if (folder / "chat_template.jinja").exists():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        template = config.get("chat_template")
-    except (FileNotFoundError, ValueError, AttributeError):
-        return None
+    path = folder / "tokenizer_config.json"
+    template = read_json(path).get("chat_template") if path.exists() else None
     if isinstance(template, list):  # several, by name
         template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
     return template
@@ -81,18 +79,6 @@ def compiled(template, folder):
             raise ValueError(f"{folder}: its chat template refuses these messages ({error})") from None
 
     return render
-
-
-def encode_marked(tokenizer, text):
-    """Text with markers -> ids: each marker is its special id."""
-    pattern = "|".join(re.escape(marker) for marker in sorted(tokenizer.specials, key=len, reverse=True))
-    ids = []
-    for part in re.split(f"({pattern})", text):
-        if part in tokenizer.specials:
-            ids.append(tokenizer.specials[part])
-        elif part:
-            ids += tokenizer.encode(unicodedata.normalize("NFC", part))
-    return ids
 
 
 def files_of(folder):

@@ -42,7 +42,7 @@ def write_gguf(gguf, model, tokenizer, info, path):
     config, kind = model.config, architecture(model.config)
     theirs = {QWEN2: gguf.MODEL_ARCH.QWEN2, QWEN3: gguf.MODEL_ARCH.QWEN3}[kind]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[theirs])
-    writer.add_name(Path(path.stem).stem)
+    writer.add_name(info.name)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.d_model)

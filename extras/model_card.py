@@ -1,9 +1,9 @@
 """README.md of an exported folder: what the model is, its data, its numbers and its limits."""
 
-import json
 from pathlib import Path
 
 from extras.huggingface import OWN
+from extras.plot import read_run
 from order import counts_at
 
 FRONT = """\
@@ -49,7 +49,7 @@ def model_card(model, tokenizer, info, kind):
     config = model.config
     layer = "dense SwiGLU" if config.ffn == "dense" else f"{config.dispatch} Soft MoE of {config.n_expert} experts"
     text = FRONT.format(
-        name=info.path.parent.name if info.state else info.path.name,
+        name=info.name,
         what=f"A decoder of {config.n_layer} layers of width {config.d_model} ({layer})",
         parameters=f"{model.n_params():,}",
         context=config.block_size,
@@ -86,26 +86,23 @@ def data_of(state, T):
 
 def numbers_of(info):
     """The last evaluation of the run up to this step, if its log is there."""
-    log = info.path.parent / "metrics.jsonl"
-    if not (info.state and log.exists()):
+    run = info.path.parent
+    if not (info.state and (run / "metrics.jsonl").exists()):
         return ""
-    scores = {}
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # a killed run may have left half a line
-            continue
-        if "val_loss" in record and record["step"] <= info.state["step"]:
-            scores = record
-    names = [name.removeprefix("val_loss/") for name in scores if name.startswith("val_loss/")]
-    rows = [("all", scores.get("val_loss"), scores.get("val_bpb"))] if scores else []
-    rows += [(name, scores[f"val_loss/{name}"], scores.get(f"val_bpb/{name}")) for name in names]
-    cells = (f"| {name} | {loss:.4f} | {'' if bpb is None else f'{bpb:.4f}'} |" for name, loss, bpb in rows)
+    fields = read_run(run)
+    step = max((step for step in fields.get("val_loss", {}) if step <= info.state["step"]), default=None)
+    if step is None:
+        return ""
+    rows = []
+    for name, values in fields.items():
+        if name.startswith("val_loss") and step in values:
+            bpb = fields.get(name.replace("loss", "bpb", 1), {}).get(step)
+            rows.append(f"| {name[9:] or 'all'} | {values[step]:.4f} | {'' if bpb is None else f'{bpb:.4f}'} |")
     head = [
         "",
-        f"## Held-out text, step {scores['step']:,}",
+        f"## Held-out text, step {step:,}",
         "",
         "| | nats per token | bits per byte |",
         "|---|---|---|",
     ]
-    return "\n".join([*head, *cells]) + "\n" if rows else ""
+    return "\n".join([*head, *rows]) + "\n"

@@ -119,6 +119,8 @@ class NanoSteelModel(NanoSteelPreTrainedModel):
             is_padded = not mask[:, 0].all()
             if (mask[:, 1:] != mask[:, :-1]).sum(1).gt(1).any():
                 raise ValueError("attention_mask: expected zeros on one side of each text alone")
+            if is_padded and not self.decoder.has_cache:
+                raise ValueError('dispatch = "sequence" reads padding too: give it texts of one length')
             ids = ids.masked_fill(~mask, -1) if is_padded else ids
         if cache is None and self.decoder.has_cache and (is_padded or use_cache and not self.training):
             cache = NanoSteelCache(self.decoder, B, T + 64 if use_cache else T)

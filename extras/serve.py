@@ -64,7 +64,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, args, model, tokenizer, info):
         self.model, self.tokenizer, self.info = model, tokenizer, info
-        self.name = info.path.parent.name if info.state else info.path.name
+        self.name = info.name
         self.api_key, self.batch, self.timeout_s = args.api_key.encode("utf-8"), args.batch, args.timeout
         self.waiting = queue.Queue(args.queue)
         self.names_experts = model.config.ffn == "soft_moe" and not model.config.reads_ahead

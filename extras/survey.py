@@ -18,7 +18,7 @@ import numpy as np
 from common import run_command
 from corpus.ngrams import codes_of, mixed, ngram_hashes
 from corpus.reference import NGram
-from data import read_manifest, shard_path
+from data import documents_of, read_manifest
 from extras.plot import has_chinese_font, pyplot
 from tokenizer import load_tokenizer
 
@@ -91,14 +91,8 @@ def read_sources(folder, n):
 
 def texts_of(folder, shard, numbers, tokenizer):
     """The texts of some documents of a shard; of a chat what counts in the loss, the assistant's part."""
-    arrays = {
-        kind: np.load(shard_path(folder, shard["name"], kind), mmap_mode="r", allow_pickle=False)
-        for kind in shard["sha256"].keys() & {"tokens", "ends", "mask"}
-    }
-    for number in numbers.tolist():
-        own = slice(int(arrays["ends"][number - 1]) if number else 0, int(arrays["ends"][number]))
-        ids = arrays["tokens"][own]
-        yield tokenizer.decode((ids[arrays["mask"][own] == 1] if "mask" in arrays else ids).tolist())
+    for ids, mask in documents_of(folder, shard, numbers.tolist()):
+        yield tokenizer.decode((ids if mask is None else ids[mask == 1]).tolist())
 
 
 def measure_perplexity(sources, reference):

@@ -5,7 +5,6 @@ import shutil
 
 import gguf
 import pytest
-import torch
 from conftest import call, refused
 from test_huggingface import qwen2
 from transformers import AutoTokenizer
@@ -120,7 +119,7 @@ def test_what_cannot_be_carried_over_is_refused(tmp_path):
     content = json.loads(files["tokenizer.json"])
     content["added_tokens"].append(content["added_tokens"][0] | {"id": 151_700, "content": "<far>"})
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    refused(call("sample.py", tmp_path / "model", "--prompt", "a", ok=False), "is not Qwen's vocabulary")
+    refused(call("sample.py", tmp_path / "model", "--prompt", "a", ok=False), "tokens have no ids one after another")
     shutil.copy(fetch_qwen(), tmp_path / "model" / "qwen.tiktoken")
     (tmp_path / "model" / "chat_template.jinja").write_text("{% if %}", encoding="utf-8")
     refused(call("sample.py", tmp_path / "model", "--prompt", "a", ok=False), "its chat template is damaged")
@@ -129,4 +128,3 @@ def test_what_cannot_be_carried_over_is_refused(tmp_path):
     )
     attack = call("sample.py", tmp_path / "model", "--chat", "--prompt", "a", ok=False)
     refused(attack, "its chat template refuses these messages", "unsafe")
-    assert torch.is_tensor(load(tmp_path / "model")[0].embedding)

@@ -1,13 +1,12 @@
 """GGUF files, read back by the package gguf, and run by llama.cpp (python -m pytest -m slow tests/test_gguf.py)."""
 
-from types import SimpleNamespace
-
 import gguf
 import pytest
 import torch
 from conftest import TINY, call, refused
 from test_model import randomized
 
+from checkpoint import Info
 from corpus.default import fetch_qwen
 from extras.gguf_file import export_gguf
 from extras.huggingface import architecture, hugging_face_tensors
@@ -28,7 +27,7 @@ def exported(tokenizer, path, **changes):
     rows = tokenizer.embedding_rows
     config = Config(n_layer=2, d_model=64, ffn="dense", vocab_size=rows, block_size=256, **changes)
     model = randomized(Decoder(config), std=0.15)
-    export_gguf(model, tokenizer, SimpleNamespace(eos_first=True), path)
+    export_gguf(model, tokenizer, Info(path, eos_first=True), path)
     return model
 
 

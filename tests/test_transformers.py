@@ -174,10 +174,15 @@ def test_the_published_layer_runs_there_without_a_cache(tmp_path):
     ids = torch.randint(1, 48, (1, 12))
     code = """
 found = {"logits": model(asked["ids"]).logits, "text": model.generate(asked["ids"], do_sample=False, max_new_tokens=9)}
+try:
+    model(asked["ids"], attention_mask=torch.tensor([[0] + [1] * 11]))
+except ValueError as error:
+    found["refusal"] = str(error)
 """
     found = elsewhere(code, folder, {"ids": ids}, tmp_path)
     torch.testing.assert_close(found["logits"], model(ids), rtol=0, atol=1e-4)
     assert torch.equal(found["text"][:, 12:], greedy(model, ids, 9))
+    assert found["refusal"] == 'dispatch = "sequence" reads padding too: give it texts of one length'
 
 
 @pytest.mark.parametrize("flags", [[], ["--ffn", "dense", "--qk-norm"]], ids=["own code", "qwen3"])
