@@ -139,7 +139,9 @@ def peak_flops(device):
 
 def flops_per_token(model, T):
     """Forward and backward, per token of a text of T tokens: 6 per weight in a matmul; causal attention is half."""
-    weights = model.n_params() - (0 if model.config.tie_embeddings else model.embedding.numel())
+    looked_up = [] if model.config.tie_embeddings else [model.embedding]
+    looked_up += [model.value_embedding] if model.config.value_embedding else []
+    weights = model.n_params() - sum(table.numel() for table in looked_up)
     return 6 * weights + 6 * model.config.n_layer * model.config.n_head * model.config.head_width * T
 
 

@@ -1,7 +1,6 @@
 """The decoder: Qwen-style attention and a causal Soft Mixture of Experts. Needs torch alone: a copy of this file works.
 
-    config = PRESETS["demo"]                     # or Config(n_layer=..., ...)
-    model = Decoder(config)
+    model = Decoder(Config())                    # or Config(n_layer=..., ...); plan.py has those of larger models
     logits = model(ids)                          # [B, T] -> [B, T, V]
     loss = model(ids, targets)                   # mean nats per counted target; reduction="sum": their sum
     cache = model.new_cache(batch, max_len)      # then model(ids, cache=cache) any number of times
@@ -31,6 +30,7 @@ class Config:
     n_head: int = 4
     n_kv_head: int = 4
     head_dim: int = 0  # width of a head; 0: d_model / n_head
+    value_embedding: bool = False  # attention adds a second embedding of each token, times a learned factor, to its v
     qk_norm: bool = False  # RMSNorm of each head's q and k, and no bias, as in Qwen3; else biases, as in Qwen2
     vocab_size: int = 8192
     block_size: int = 128  # tokens of a sample in training, and the longest context
@@ -87,23 +87,13 @@ class Config:
         return (3 if self.expert == "swiglu" else 4) * self.n_expert * self.expert_width // 3
 
 
-PRESETS = {  # layers, width, heads, key/value heads
-    "demo": Config(3, 128, 4, 4),
-    "small": Config(12, 768, 6, 6, vocab_size=16_384, block_size=1024, tie_embeddings=True),
-    "base-350m": Config(24, 1024, 8, 8, vocab_size=49_152, block_size=2048, tie_embeddings=True),
-    "steel-1b": Config(18, 1792, 32, 32, vocab_size=151_936, block_size=2048, d_expert=448, expert="swiglu2",
-                       rope_base=1_000_000.0),  # arXiv 2502.06635
-    "qwen3-0.6b": Config(28, 1024, 16, 8, head_dim=128, qk_norm=True, vocab_size=151_936, block_size=2048, ffn="dense",
-                         n_expert=1, d_expert=3072, tie_embeddings=True, rope_base=1_000_000.0),  # arXiv 2505.09388
-}  # fmt: skip
-
-
 class Place(NamedTuple):
     """Where the tokens of one forward pass stand. Positions count from the first token that may be read."""
 
     angles: torch.Tensor  # [B or 1, T, 2, 1, K]: cos and sin of the rotary angles
     mask: torch.Tensor | BlockMask | None  # where attention may look, [B or 1, 1, T, length + T]; None: all before
     absent: torch.Tensor | None  # [W, B or 1, T, 1]: true for places of a window before that token; None: no window
+    values: torch.Tensor | None = None  # [B, T, G K]: the tokens' value embeddings, for every layer
 
 
 def place_tokens(ids, config, cache, dtype, by_blocks=False):
@@ -163,13 +153,17 @@ class Attention(nn.Module):
         self.qkv_bias = None if config.qk_norm else nn.Parameter(torch.empty(self.qkv.shape[:2]))
         if config.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(K, eps=config.norm_eps) for _ in "qk")
+        if config.value_embedding:
+            self.value_scale = nn.Parameter(torch.empty(1))
         self.out = nn.Parameter(torch.empty(config.d_model, self.n_head * K))
 
     def forward(self, x, place, cache=None, layer=0):
-        (B, T, _), bias = x.shape, None if self.qkv_bias is None else self.qkv_bias.flatten()
-        qkv = F.linear(x, self.qkv.flatten(0, 1), bias).unflatten(-1, self.qkv.shape[:2])
+        B, T, _ = x.shape
+        qkv = self.project(x).unflatten(-1, self.qkv.shape[:2])
         qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
-        if bias is None:
+        if place.values is not None:
+            v = v + (self.value_scale * place.values).to(v.dtype).view_as(v)
+        if self.qkv_bias is None:
             qk = torch.cat([self.q_norm(qk[:, :, : self.n_head]), self.k_norm(qk[:, :, self.n_head :])], dim=2)
         (cos, sin), (first, second) = place.angles.unbind(2), qk.chunk(2, dim=-1)
         qk = (qk * cos + torch.cat([-second, first], dim=-1) * sin).to(v.dtype)  # turn each pair (x_i, x_{i + K/2})
@@ -184,6 +178,9 @@ class Attention(nn.Module):
         else:
             y = F.scaled_dot_product_attention(q, k, v, place.mask, is_causal=is_causal, enable_gqa=enable_gqa)
         return F.linear(y.transpose(1, 2).reshape(B, T, -1), self.out)
+
+    def project(self, x):  # [B, T, D] -> [B, T, (H + 2 G) K]
+        return F.linear(x, self.qkv.flatten(0, 1), None if self.qkv_bias is None else self.qkv_bias.flatten())
 
 
 class Dense(nn.Module):
@@ -434,6 +431,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.has_cache = config, not config.reads_ahead
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        if config.value_embedding:
+            self.value_embedding = nn.Parameter(torch.empty(config.vocab_size, config.n_kv_head * config.head_width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
         if not config.tie_embeddings:
@@ -445,14 +444,14 @@ class Decoder(nn.Module):
     def init_weights(self):
         """Every parameter, by name. The last matrix of each residual branch is zero: a block starts as the identity."""
         std = self.config.d_model**-0.5
-        phi_std = std if self.config.router == "cosine" else std**2  # logits of the same size
-        stds = {"embedding": 0.02, "head": 0.02, "qkv": std, "w_in": std, "phi": phi_std}
+        phi = std if self.config.router == "cosine" else std**2  # logits of the same size
+        stds = {"embedding": 0.02, "value_embedding": 0.02, "head": 0.02, "qkv": std, "w_in": std, "phi": phi}
+        # scale 1: a near-uniform combine, as in the dense layer
+        fixed = {"norm": 1, "scale": 1, "value_scale": 0.5, "qkv_bias": 0, "out": 0, "w_out": 0, "recency": 0}
         for name, p in self.named_parameters():
-            leaf = name.rpartition(".")[2]
-            if name.endswith("norm.weight") or leaf == "scale":
-                nn.init.ones_(p)  # scale 1: a near-uniform combine, as in the dense layer
-            elif leaf in ("qkv_bias", "out", "w_out", "recency"):
-                nn.init.zeros_(p)
+            leaf = "norm" if name.endswith("norm.weight") else name.rpartition(".")[2]
+            if leaf in fixed:
+                nn.init.constant_(p, fixed[leaf])
             else:
                 nn.init.normal_(p, std=stds[leaf])
             if leaf == "w_out" and p.ndim == 4:  # swiglu2 multiplies two of them: were both zero, neither would learn
@@ -474,6 +473,8 @@ class Decoder(nn.Module):
             raise ValueError(f"the cache holds {cache.max_len} positions, {needed} are needed")
         x = F.embedding(ids.clamp(min=0), self.embedding)
         place = place_tokens(ids, self.config, cache, x.dtype, self.uses_flex and cache is None)
+        if self.config.value_embedding:
+            place = place._replace(values=F.embedding(ids.clamp(min=0), self.value_embedding))
         for layer, block in enumerate(self.blocks):
             x = block(x, place, cache, layer)
         if cache is not None:

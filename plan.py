@@ -1,5 +1,5 @@
-"""What a step needs on a GPU, computed from shapes, and what follows from it: the table of --dry-run, and the numbers
-that a run on a GPU chooses itself where no flag has.
+"""The presets. What a step needs on a GPU, computed from shapes, and what follows from it: the table of --dry-run, and
+the numbers that a run on a GPU chooses itself where no flag has.
 
 torch's fake tensors have shapes and no numbers: no data is read, no memory allocated, no GPU used.
 """
@@ -14,10 +14,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from common import flops_per_token
-from model import Decoder, cross_entropy
+from model import Config, Decoder, cross_entropy
 from optim import make_optimizers
 from order import places_of
 from parallel import shard_dim
+
+PRESETS = {  # layers, width, heads, key/value heads
+    "demo": Config(3, 128, 4, 4),
+    "small": Config(12, 768, 6, 6, vocab_size=16_384, block_size=1024, tie_embeddings=True),
+    "base-350m": Config(24, 1024, 8, 8, vocab_size=49_152, block_size=2048, tie_embeddings=True),
+    "steel-1b": Config(18, 1792, 32, 32, vocab_size=151_936, block_size=2048, d_expert=448, expert="swiglu2",
+                       rope_base=1_000_000.0),  # arXiv 2502.06635
+    "qwen3-0.6b": Config(28, 1024, 16, 8, head_dim=128, qk_norm=True, vocab_size=151_936, block_size=2048, ffn="dense",
+                         n_expert=1, d_expert=3072, tie_embeddings=True, rope_base=1_000_000.0),  # arXiv 2505.09388
+}  # fmt: skip
 
 MICRO_BATCH, LR = 16, 6e-3  # found on a CPU, for the demo model
 LARGE = 50_000_000  # parameters, from which on a GPU chooses its own

@@ -44,11 +44,11 @@ from common import can_compile, choose_device, keep_large_buffers
 from data import TokenData, batches, read_manifest
 from dpo import Preference, add_reference, load_reference, weights_hash
 from eval import MAX_TOKENS
-from model import CHOICES, PRESETS, Config, Decoder, softmax_gradient
+from model import CHOICES, Config, Decoder, softmax_gradient
 from optim import load_optimizers, lr_factor, make_optimizers, scale_and_clip, update
 from order import unserved
 from parallel import Stop, apply_fsdp, exact_sums, run_rank, start_ranks, sum_over_ranks, summing_gradients
-from plan import print_plan, set_sizes
+from plan import PRESETS, print_plan, set_sizes
 from prepare import prepare
 from report import Reporter, describe_machine, describe_run
 from tokenizer import load_tokenizer

@@ -24,8 +24,8 @@ from checkpoint import Log
 from common import run_command
 from data import TokenData, batch_at, evenly_spaced
 from eval import MAX_TOKENS, evaluate
-from model import PRESETS
 from order import next_phase
+from plan import PRESETS
 from tokenizer import load_tokenizer
 
 N_LAYER, N_HEAD, D_MODEL, BLOCK, BATCH = 4, 4, 128, 64, 12

@@ -14,7 +14,8 @@ from extras.transformers_tokenizer import CHAT_TEMPLATE, merges_of, qwen_parts
 from tokenizer import Qwen
 
 SOFT_MOE = "llama.cpp has no Soft MoE: train with --ffn dense, or use the folder of --export"
-WHY_NOT = {OWN: f"{SOFT_MOE}; a dense one must do without --reset-at-eos and --pack", QWEN2_MOE: SOFT_MOE}
+OURS = "--reset-at-eos, --pack and --value-embedding"
+WHY_NOT = {OWN: f"{SOFT_MOE}; a dense one must do without {OURS}", QWEN2_MOE: SOFT_MOE}
 
 
 @torch.no_grad()

@@ -14,10 +14,10 @@ import torch
 
 from common import flops_per_token, peak_flops
 from extras.timing import autocast, median_seconds, timed
-from model import PRESETS, Decoder, cross_entropy, place_tokens
+from model import Decoder, cross_entropy, place_tokens
 from optim import make_optimizers, scale_and_clip, update
 from parallel import Ranks
-from plan import BATCH_TOKENS
+from plan import BATCH_TOKENS, PRESETS
 from sample import compile_step, generate
 from train import get_args, move_to_device
 

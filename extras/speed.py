@@ -30,7 +30,8 @@ from extras.speed_data import benchmark_data
 from extras.speed_dpo import benchmark_dpo
 from extras.speed_runs import benchmark_run, draw_curves
 from extras.timing import autocast, median_seconds, peak_memory
-from model import PRESETS, Config, Decoder, Dense, SoftMoE, place_tokens, softmax_gradient
+from model import Config, Decoder, Dense, SoftMoE, place_tokens, softmax_gradient
+from plan import PRESETS
 from sample import compile_step, generate
 
 COMMANDS = ("layer", "speed", "scale", "run", "data", "dpo", "curve", "gpu")

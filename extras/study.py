@@ -7,7 +7,8 @@
     python -m extras.study --mixes --out out/mixes                 # the default model on mixes of the default sources
 
 A run is one call of train.py on one thread; two run at a time. out/study/NAME-SEED keeps its result. Each run imports
-the code anew, so do not edit it before the last one has started.
+the code anew, so do not edit it before the last one has started. Choose settings by the first half of the held-out text
+alone: the second is for what is reported.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +32,11 @@ import train
 from checkpoint import newest_checkpoint, read_state, read_tensors
 from common import run_command, write_atomically
 from data import TokenData, evenly_spaced
-from eval import leak
+from eval import evaluate, leak
 from extras.timing import peak_memory
-from model import Config, Decoder
+from model import Attention, Config, Decoder, Dense
+from optim import make_optimizers
+from tokenizer import load_tokenizer
 
 # name -> flags of train.py, number of seeds
 VARIANTS = {
@@ -42,6 +46,13 @@ VARIANTS = {
     "convolution": ("--ffn dense", 3),
     "decay": ("--ffn dense", 1),
     "convolution-token": ("--dispatch token", 1),
+    "dense-ve": ("--ffn dense --value-embedding", 3),
+    "causal-ve": ("--value-embedding", 3),
+    **{f"canon-{places}": ("--ffn dense", 1) for places in ("A", "B", "C", "D")},
+    "canon-ABCD": ("--ffn dense", 3),
+    "dynamic-B": ("--ffn dense", 1),
+    "dynamic-D": ("--ffn dense", 1),
+    "causal-e1": ("--n-expert 1 --d-expert 384", 3),  # a window alone: nothing is routed
     "causal-w2": ("--window 2", 1),
     "causal-w8": ("--window 8", 1),
     "causal-w16": ("--window 16", 1),
@@ -76,6 +87,7 @@ def get_args(argv=None):
     parser.add_argument("--data", default=train.DEFAULT_DATA)
     parser.add_argument("--out", type=Path, default=Path("out/study"))
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
+    parser.add_argument("--mixing-rate", type=float, default=12.0, help="rate of the convolutions' weights, times --lr")
     parser.add_argument("--flags", default="", help="more flags of train.py for every run, in one string")
     parser.add_argument("--run", nargs=2, metavar=("NAME", "SEED"), help=argparse.SUPPRESS)  # what a worker calls
     args = parser.parse_args(argv)
@@ -89,7 +101,7 @@ def get_args(argv=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Candidates from outside: other ways to mix in earlier tokens, before a feed-forward layer
+# Candidates from outside: other ways to mix in earlier tokens
 
 
 class Convolution(nn.Module):
@@ -126,24 +138,108 @@ class Decay(nn.Module):
         return (weights @ x.unflatten(-1, (8, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
 
 
-class MixedInput(nn.Module):
-    """A feed-forward layer that reads the output of a mixing layer."""
+class DynamicConvolution(nn.Module):
+    """A causal convolution over the last 4 tokens whose weights the reading token makes, one for each group of channels
+    and distance (arXiv 2606.03825). What it gives is added to its input."""
 
-    def __init__(self, mixing, ffn):
+    def __init__(self, d_model, width, groups):
         super().__init__()
-        self.mixing, self.ffn = mixing, ffn
+        self.kernel = nn.Parameter(torch.zeros(groups * 4, d_model))
+        self.groups, self.state = groups, 3 * width
+
+    def forward(self, x, u):
+        """x [B, T, D] makes the weights; u [B, T, width] is mixed."""
+        T, parts = u.shape[1], u.unflatten(-1, (self.groups, -1))
+        weights = F.linear(x, self.kernel).unflatten(-1, (self.groups, 4))
+        padded = F.pad(parts, (0, 0, 0, 0, 3, 0))
+        return u + sum(weights[..., k, None] * padded[:, 3 - k : 3 - k + T] for k in range(4)).flatten(2)
+
+
+class Canon(nn.Module):
+    """A depthwise causal convolution over the last 4 tokens, added to its input (arXiv 2512.17351, section 3)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.zeros(width, 4))
+        self.state = 3 * width
+
+    def forward(self, x, u):
+        T, padded = u.shape[1], F.pad(u, (0, 0, 3, 0))
+        return u + sum(self.kernel[:, k] * padded[:, 3 - k : 3 - k + T] for k in range(4))
+
+
+class MixedInput(nn.Module):
+    """A layer that reads the output of a mixing layer."""
+
+    def __init__(self, mixing, layer):
+        super().__init__()
+        self.mixing, self.layer = mixing, layer
 
     def forward(self, x, place, cache=None, layer=0):
-        return self.ffn(self.mixing(x), place)
+        return self.layer(self.mixing(x), place)
 
 
-CANDIDATES = {"convolution": Convolution, "convolution-token": Convolution, "decay": Decay}
+class CanonInput(MixedInput):
+    def forward(self, x, place, cache=None, layer=0):
+        return self.layer(self.mixing(x, x), place)
+
+
+class MixedAttention(Attention):
+    def project(self, x):
+        return self.mixing(x, super().project(x))
+
+
+class MixedDense(Dense):
+    def forward(self, x, place, cache=None, layer=0):
+        gate, up = self.mixing(x, F.linear(x, self.w_in.flatten(0, 1))).chunk(2, dim=-1)
+        return (F.silu(gate) * up) @ self.w_out
+
+
+def mix_input(kind):
+    """-> a function that lets the feed-forward layer of a block read a mixing layer of this class."""
+
+    def change(block, config):
+        block.ffn = MixedInput(kind(config), block.ffn)
+
+    return change
+
+
+def convolve(places, dynamic=False):
+    """-> a function that adds convolutions to a block, at Canon's places: A before attention, B on q, k and v, C before
+    the feed-forward layer, D on what its first matrix gives."""
+
+    def change(block, config):
+        D, at_d = config.d_model, 2 * config.d_dense
+        at_b = (config.n_head + 2 * config.n_kv_head) * config.head_width
+        groups_b, groups_d = at_b // config.head_width, 2 * config.n_expert
+        if "B" in places:
+            block.attention.__class__ = MixedAttention
+            block.attention.mixing = DynamicConvolution(D, at_b, groups_b) if dynamic else Canon(at_b)
+        if "D" in places:
+            block.ffn.__class__ = MixedDense
+            block.ffn.mixing = DynamicConvolution(D, at_d, groups_d) if dynamic else Canon(at_d)
+        if "A" in places:
+            block.attention = CanonInput(Canon(D), block.attention)
+        if "C" in places:
+            block.ffn = CanonInput(Canon(D), block.ffn)
+
+    return change
+
+
+CANDIDATES = {
+    "convolution": mix_input(Convolution),
+    "convolution-token": mix_input(Convolution),
+    "decay": mix_input(Decay),
+    **{f"canon-{places}": convolve(places) for places in ("A", "B", "C", "D", "ABCD")},
+    "dynamic-B": convolve("B", dynamic=True),
+    "dynamic-D": convolve("D", dynamic=True),
+}
 
 
 class Candidate(Decoder):
-    """A decoder with a mixing layer, of the class `mixing`, before each feed-forward layer. It cannot decode."""
+    """A decoder whose blocks the function `change` has given mixing layers. It cannot decode."""
 
-    mixing = None
+    change = None
     has_cache = False
 
     def __init__(self, config):
@@ -151,12 +247,14 @@ class Candidate(Decoder):
         if config.reset_id >= 0:
             raise ValueError("the candidates from outside mix across documents: leave --reset-at-eos out")
         for block in self.blocks:
-            block.ffn = MixedInput(self.mixing(config), block.ffn)
+            self.change(block, config)
 
 
 def decoder_class(name):
     """The class of a variant's model."""
-    return type("Candidate", (Candidate,), {"mixing": CANDIDATES[name]}) if name in CANDIDATES else Decoder
+    return (
+        type("Candidate", (Candidate,), {"change": staticmethod(CANDIDATES[name])}) if name in CANDIDATES else Decoder
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -167,6 +265,7 @@ def train_variant(name, seed, args):
     """Train, or resume; returns the checkpoint at the end. ValueError if it was stopped before."""
     out = args.out / f"{name}-{seed}"
     train.Decoder = decoder_class(name)
+    train.make_optimizers = partial(optimizers_with, args.mixing_rate)
     argv = [*args.flags.split(), *RUNS[name][0].split(), "--data", args.data, "--out", str(out)]
     argv += ["--steps", str(args.steps)] if args.steps else ["--minutes", str(args.minutes)]
     argv += ["--seed", str(seed), "--eval-every", "0", "--save-every", "200", "--keep", "1"]
@@ -174,6 +273,19 @@ def train_variant(name, seed, args):
     if "val_loss" not in read_metrics(out)[-1]:
         raise ValueError("stopped before its end; the same command continues")
     return newest_checkpoint(out)
+
+
+def optimizers_with(mixing_rate, model, *flags):
+    """make_optimizers(), in which the weights of convolutions learn at a rate of their own."""
+    optimizers = make_optimizers(model, *flags)
+    kernels = {p for name, p in model.named_parameters() if name.endswith("mixing.kernel")}
+    for optimizer in optimizers if kernels else ():
+        for group in list(optimizer.param_groups):
+            own = [p for p in group["params"] if p in kernels]
+            group["params"] = [p for p in group["params"] if p not in kernels]
+            if own:
+                optimizer.add_param_group({"params": own, "lr_scale": mixing_rate, "weight_decay": 0.0})
+    return optimizers
 
 
 def read_metrics(out):
@@ -189,10 +301,14 @@ def run_one(name, seed, args):
     model.load_state_dict(read_tensors(checkpoint / "model.pt"))
     lines = read_metrics(out)
     val = TokenData(args.data, "val", model.config.block_size)
+    token_bytes = load_tokenizer(args.data).token_bytes
+    to_choose, to_report = (evaluate(model, samples, token_bytes) for samples in halves(val))
+    by = {key.partition("/")[2]: value for key, value in lines[-1].items() if key.startswith("val_bpb/")}
     result = {
-        "loss": lines[-1]["val_loss"],
-        "bpb": lines[-1]["val_bpb"],
-        "bpb_by": {key.partition("/")[2]: value for key, value in lines[-1].items() if key.startswith("val_bpb/")},
+        "choose": to_choose["loss"],
+        "loss": to_report["loss"],
+        "bpb": to_report["bpb"],
+        "bpb_by": by | {"all": lines[-1]["val_bpb"]},
         "parameters": model.n_params(),
         "trained": sum(phase["served"] for phase in state["phases"]) * model.config.block_size,
         "state": decode_state(model),
@@ -201,12 +317,23 @@ def run_one(name, seed, args):
     if name == "sequence":  # its own loss is not honest; the error is measured on a part of the text
         scores = leak(model, torch.from_numpy(np.stack([val[i] for i in evenly_spaced(val, LEAK_TOKENS)])))
         result["claimed"] = result["loss"]
-        result["loss"] += scores["honest"] - scores["teacher-forced"]
+        for key in ("choose", "loss"):
+            result[key] += scores["honest"] - scores["teacher-forced"]
         result["bpb"] *= result["loss"] / result["claimed"]
     result["memory"] = step_memory(model, val, state["args"]["micro_batch"], state["machine"]["compile"])
     write_atomically(out / "result.json", json.dumps(result, indent=1).encode("utf-8"))
     if name in CANDIDATES:
         shutil.rmtree(checkpoint)  # sample.py and eval.py could not load it
+
+
+def halves(data):
+    """-> the samples, rows of ids, of the first half of each source of held-out text, and of the second."""
+    first, second = [], []
+    for source, n in data.samples().items():
+        rows = [data[data.number(source, i)] for i in range(n)]
+        first += rows[: n // 2]
+        second += rows[n // 2 :]
+    return first, second
 
 
 def step_memory(model, data, micro_batch, compiled):
@@ -223,11 +350,11 @@ def step_memory(model, data, micro_batch, compiled):
 
 
 def decode_state(model):
-    """How many numbers one feed-forward layer keeps for each text while decoding; None: it grows with the text."""
+    """How many numbers a block keeps for each text while decoding, keys and values apart; None: it grows."""
     if model.config.reads_ahead:
         return None
-    ffn = model.blocks[0].ffn
-    return ffn.mixing.state if isinstance(ffn, MixedInput) else sum(a.numel() for a in model.new_cache(1, 1).recent[0])
+    states = [layer.state for layer in model.blocks[0].modules() if hasattr(layer, "state")]
+    return sum(states) if states else sum(a.numel() for a in model.new_cache(1, 1).recent[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -243,7 +370,7 @@ def read_result(name, seed, args):
 def open_study(args):
     """Create the folder of a study, or refuse one with results of other flags: they cannot be in the same table."""
     path = args.out / "study.json"
-    settings = {"steps": args.steps, "minutes": args.minutes, "data": args.data, "flags": args.flags}
+    settings = {key: getattr(args, key) for key in ("steps", "minutes", "data", "flags", "mixing_rate")}
     if not path.exists():
         args.out.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(settings, indent=1).encode("utf-8"))
@@ -257,7 +384,7 @@ def start_run(name, seed, log, args):
     """Start a run in a process of one thread, whose output goes to the file `log`."""
     command = [sys.executable, "-m", "extras.study", "--run", name, seed, "--data", args.data, "--out", args.out]
     command += ["--steps", args.steps] if args.steps else ["--minutes", args.minutes]
-    command += [f"--flags={args.flags}"]
+    command += [f"--flags={args.flags}", "--mixing-rate", args.mixing_rate]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(log, "w", encoding="utf-8") as file:
         return subprocess.Popen(list(map(str, command)), stdout=file, stderr=subprocess.STDOUT, env=environment)
@@ -289,9 +416,9 @@ def run_all(args, seeds):
 
 
 HEADER = """\
-| variant | parameters | seeds | val loss | spread | val bpb | trained on, M tokens | tok/s | peak of a step, MB \
-| decode state |
-|---|---|---|---|---|---|---|---|---|---|"""
+| variant | parameters | seeds | loss, first half | loss, second half | spread | bpb, second half \
+| trained on, M tokens | tok/s | peak of a step, MB | decode state |
+|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def print_table(args, seeds):
@@ -302,13 +429,14 @@ def print_table(args, seeds):
             continue
         first = results[0]
         losses = [result["loss"] for result in results]
-        keys = ("loss", "bpb", "trained", "speed", "memory")
+        keys = ("choose", "loss", "bpb", "trained", "speed", "memory")
         mean = {key: statistics.mean(result[key] for result in results) for key in keys}
         claimed = f" (it claims {first['claimed']:.4f})" if "claimed" in first else ""
         cells = [
             name,
             f"{first['parameters']:,}",
             f"{len(results)}",
+            f"{mean['choose']:.4f}",
             f"{mean['loss']:.4f}{claimed}",
             f"{max(losses) - min(losses):.4f}" if len(losses) > 1 else "",
             f"{mean['bpb']:.4f}",
@@ -328,7 +456,7 @@ def print_mixes(args, seeds):
     print(f"| trained on | {' | '.join(sources)} | all |\n|{'---|' * (len(sources) + 2)}")
     for name, of_name in results.items():
         columns = [[result["bpb_by"][source] for result in of_name] for source in sources]
-        columns += [[result["bpb"] for result in of_name]]
+        columns += [[result["bpb_by"]["all"] for result in of_name]]
         cells = [f"{statistics.mean(c):.3f} ± {(max(c) - min(c)) / 2:.3f}" if c else "" for c in columns]
         print(f"| {name} | {' | '.join(cells)} |")
 

@@ -9,7 +9,7 @@ from conftest import call, refused
 from data import TokenData
 from extras.baseline import BLOCK, LR, MIN_LR, Baseline, held_out, learning_rate
 from extras.speed_runs import read_curve
-from model import PRESETS
+from plan import PRESETS
 
 
 @pytest.fixture

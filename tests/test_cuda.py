@@ -11,11 +11,11 @@ from test_dpo import EOS, example
 
 from data import TokenData, batches
 from dpo import Preference
-from model import PRESETS, Config, Decoder, cross_entropy, softmax_gradient
+from model import Config, Decoder, cross_entropy, softmax_gradient
 from optim import make_optimizers, scale_and_clip, update
 from order import next_phase
 from parallel import Ranks
-from plan import StepMemory
+from plan import PRESETS, StepMemory
 from train import Likelihood, get_args, gradients, move_to_device
 
 pytestmark = [

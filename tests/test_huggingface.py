@@ -18,7 +18,8 @@ from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
 from checkpoint import load
 from extras.huggingface import export_folder, load_folder
-from model import PRESETS, Decoder
+from model import Decoder
+from plan import PRESETS
 from sample import generate
 from tokenizer import load_tokenizer
 
@@ -264,6 +265,7 @@ OURS_ONLY = [
     {"ffn": "dense", "head_dim": 10},
     {"qk_norm": True, "head_dim": 10},
     {"dispatch": "token", "router": "linear", "qk_norm": True},
+    {"ffn": "dense", "value_embedding": True},
 ]
 
 

@@ -17,7 +17,6 @@ from torch.nn.attention import flex_attention
 from extras.huggingface import STEEL, hugging_face_tensors
 from extras.timing import peak_memory
 from model import (
-    PRESETS,
     Attention,
     Config,
     Decoder,
@@ -29,6 +28,7 @@ from model import (
     place_tokens,
     softmax_gradient,
 )
+from plan import PRESETS
 
 SMALL = Config(
     n_layer=2,
@@ -53,6 +53,8 @@ CAUSAL_KINDS = [
     dict(ffn="dense"),
     dict(ffn="dense", qk_norm=True, head_dim=10),
     dict(qk_norm=True),
+    dict(value_embedding=True),
+    dict(ffn="dense", value_embedding=True, head_dim=10),
 ]
 
 
@@ -460,7 +462,7 @@ def test_uniform_combine_on_single_tokens_is_the_dense_layer():
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("changes", [dict(), dict(qk_norm=True, head_dim=10)], ids=str)
+@pytest.mark.parametrize("changes", [dict(), dict(qk_norm=True, head_dim=10), dict(value_embedding=True)], ids=str)
 @torch.no_grad()
 def test_attention_equals_loops_over_positions_and_heads(changes):
     """Two texts, the first of which has a second document from token 2 on."""
@@ -468,8 +470,9 @@ def test_attention_equals_loops_over_positions_and_heads(changes):
     layer = randomized(Attention(config).double())
     ids, starts = torch.tensor([[5, 5, 0, 5, 5, 5], [5, 5, 5, 5, 5, 5]]), [[0, 0, 2, 2, 2, 2], [0] * 6]
     x = torch.randn(2, 6, 24, dtype=torch.float64)
-    got = layer(x, place_tokens(ids, config, None, x.dtype))
-    K = config.head_dim or 6
+    K, place = config.head_dim or 6, place_tokens(ids, config, None, x.dtype)
+    values = torch.randn(2, 6, 2 * K, dtype=torch.float64) if config.value_embedding else None
+    got = layer(x, place._replace(values=values))
     frequencies = torch.tensor([config.rope_base ** (-2 * i / K) for i in range(K // 2)], dtype=torch.float64)
 
     def rotated(vector, position):  # half-split rotation as complex multiplication
@@ -484,6 +487,8 @@ def test_attention_equals_loops_over_positions_and_heads(changes):
                 heads[:, part] *= norm.weight / of_norm
         else:
             heads += layer.qkv_bias
+        if config.value_embedding:
+            heads[:, 6:] += layer.value_scale * values[row].view(6, 2, K)
         for t in range(6):
             out = []
             for h in range(4):

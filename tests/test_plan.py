@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import plan
 from extras.timing import peak_memory
-from model import PRESETS, Config, Decoder
+from model import Config, Decoder
 from parallel import Ranks
-from plan import LiveTensors, StepMemory, set_sizes
+from plan import PRESETS, LiveTensors, StepMemory, set_sizes
 from train import get_args
 
 

@@ -14,8 +14,11 @@ from conftest import ROOT, TINY, call, refused, run
 from test_model import SMALL, randomized
 
 import train
-from extras.study import VARIANTS, Convolution, Decay, decoder_class
-from model import PRESETS
+from data import TokenData
+from extras.study import VARIANTS, Convolution, Decay, decoder_class, halves, optimizers_with
+from model import Decoder, place_tokens
+from optim import make_optimizers
+from plan import PRESETS
 
 
 @pytest.mark.quick
@@ -38,12 +41,80 @@ def test_the_candidates_compute_what_they_say():
 
 
 @pytest.mark.quick
+@torch.no_grad()
+def test_convolutions_at_canons_places_compute_what_they_say():
+    """A and C mix what a layer reads, B and D what its first matrix gives; the filters are fixed, or made by x."""
+    config = replace(SMALL, ffn="dense", n_layer=1)
+    x = torch.randn(2, 9, 24, dtype=torch.float64)
+    place = place_tokens(torch.zeros(2, 9), config, None, x.dtype)
+    plain = randomized(Decoder(config)).double().blocks[0]
+
+    def shifted(u, k):
+        return torch.cat([torch.zeros_like(u[:, :k]), u[:, : u.shape[1] - k]], dim=1)
+
+    for name in ("canon-A", "canon-B", "canon-C", "canon-D", "dynamic-B", "dynamic-D"):
+        block = randomized(decoder_class(name)(config)).double().blocks[0]
+        (kernel,) = (p for key, p in block.named_parameters() if key.endswith("kernel"))
+        place_of_it = name[-1]
+        layer, own = (block.attention, plain.attention) if place_of_it in "AB" else (block.ffn, plain.ffn)
+        inner = layer.layer if place_of_it in "AC" else layer
+        own.load_state_dict({key: p for key, p in inner.state_dict().items() if not key.startswith("mixing")})
+
+        def mixed(u):
+            if name.startswith("canon"):
+                return u + sum(kernel[:, k] * shifted(u, k) for k in range(4))
+            weights = (x @ kernel.T).unflatten(-1, (-1, 4)).repeat_interleave(4 * u.shape[-1] // len(kernel), 2)
+            return u + sum(weights[..., k] * shifted(u, k) for k in range(4))
+
+        if place_of_it in "AC":
+            expected = own(mixed(x), place)
+        elif place_of_it == "D":
+            gate, up = mixed(x @ own.w_in.flatten(0, 1).T).chunk(2, dim=-1)
+            expected = (F.silu(gate) * up) @ own.w_out
+        else:
+            project, own.project = own.project, lambda x: mixed(project(x))
+            expected = own(x, place)
+            own.project = project
+        torch.testing.assert_close(layer(x, place), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.quick
+def test_convolutions_learn_at_a_rate_of_their_own_and_nothing_else_does():
+    model = decoder_class("canon-ABCD")(replace(SMALL, ffn="dense"))
+    name_of = {p: name for name, p in model.named_parameters()}
+
+    def rates(optimizers):
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        return {name_of[p]: group["lr_scale"] for group in groups for p in group["params"]}
+
+    expected = rates(make_optimizers(model, "muon", 1e-3, 0.1))
+    kernels = [name for name in expected if name.endswith("kernel")]
+    assert len(kernels) == 4 * SMALL.n_layer
+    assert rates(optimizers_with(3.0, model, "muon", 1e-3, 0.1)) == expected | dict.fromkeys(kernels, 3.0)
+
+
+@pytest.mark.quick
 def test_all_variants_have_the_same_number_of_parameters():
     counts = {}
     for name, (flags, _) in VARIANTS.items():
         given = train.given_fields(train.get_args(flags.split()))
         counts[name] = decoder_class(name)(replace(PRESETS["demo"], **given)).n_params()
-    assert max(counts.values()) < 1.002 * min(counts.values()), counts
+    with_table = {name: counts.pop(name) for name in ("dense-ve", "causal-ve")}
+    assert max(counts.values()) < 1.01 * min(counts.values()), counts
+    table = PRESETS["demo"].vocab_size * PRESETS["demo"].d_model
+    assert with_table == {f"{name}-ve": counts[name] + table + 3 for name in ("dense", "causal")}  # a factor a layer
+
+
+@pytest.mark.quick
+def test_settings_are_chosen_on_other_text_than_is_reported(small_data):
+    data = TokenData(small_data, "val", 16)
+    expected = [[], []]
+    for source in ("a zh", "b zh"):
+        rows = [data[i].tolist() for i in range(len(data)) if data.source_of(i) == source]
+        for half, part in zip(expected, (rows[: len(rows) // 2], rows[len(rows) // 2 :])):
+            half += part
+    assert min(map(len, expected)) > 1
+    assert [[row.tolist() for row in half] for half in halves(data)] == expected
 
 
 def test_a_small_study_runs_resumes_and_prints_its_table(small_data, tmp_path):
@@ -59,10 +130,10 @@ def test_a_small_study_runs_resumes_and_prints_its_table(small_data, tmp_path):
     assert [line.split(" | ")[0] for line in table[2:]] == ["| convolution", "| sequence"]
     assert f"| {found['loss']:.4f} (it claims {found['claimed']:.4f}) |" in table[3]
     convolution, sequence = ([cell.strip() for cell in line.strip("|").split("|")] for line in table[2:])
-    assert sequence[7] == "3" and "sequence-0" not in result.stderr  # read from its file, not run again
-    assert convolution[6] == "0.001"  # 512 tokens
-    assert (convolution[9], sequence[9]) == ("96", "grows")
-    assert float(convolution[8]) > 0 and float(sequence[8]) > 0
+    assert sequence[8] == "3" and "sequence-0" not in result.stderr  # read from its file, not run again
+    assert convolution[7] == "0.001"  # 512 tokens
+    assert (convolution[10], sequence[10]) == ("96", "grows")
+    assert float(convolution[9]) > 0 and float(sequence[9]) > 0
 
     other = call("extras.study", *flags, "--flags=--lr 1", "--only", "sequence", ok=False)
     refused(other, "holds another study", "--out")

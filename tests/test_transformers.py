@@ -34,6 +34,7 @@ KINDS = [
     {"qk_norm": True, "head_dim": 10},
     {"reset_id": 0},
     {"ffn": "dense", "head_dim": 10},
+    {"value_embedding": True},
 ]
 
 
