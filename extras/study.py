@@ -1,6 +1,6 @@
 """Does the causal Soft MoE help, and why? Every variant at equal parameters, data, steps and recipe.
 
-    python -m extras.study                                       # everything: 40 minutes on two cores; can be resumed
+    python -m extras.study                                       # everything: 75 minutes on two cores; can be resumed
     python -m extras.study --only dense causal --seeds 1         # a part of it
     python -m extras.study --only dense causal --minutes 4 --out out/minutes         # equal time instead of equal steps
     python -m extras.study --steps 4 --seeds 1 --flags=--no-compile --out out/quick  # a test of the whole
@@ -87,7 +87,7 @@ def get_args(argv=None):
     parser.add_argument("--data", default=train.DEFAULT_DATA)
     parser.add_argument("--out", type=Path, default=Path("out/study"))
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
-    parser.add_argument("--mixing-rate", type=float, default=12.0, help="rate of the convolutions' weights, times --lr")
+    parser.add_argument("--mixing-rate", type=float, default=4.0, help="rate of the convolutions' weights, times --lr")
     parser.add_argument("--flags", default="", help="more flags of train.py for every run, in one string")
     parser.add_argument("--run", nargs=2, metavar=("NAME", "SEED"), help=argparse.SUPPRESS)  # what a worker calls
     args = parser.parse_args(argv)
