@@ -156,7 +156,7 @@ class DynamicConvolution(nn.Module):
 
 
 class Canon(nn.Module):
-    """A depthwise causal convolution over the last 4 tokens, added to its input (arXiv 2512.17351, section 3)."""
+    """A depthwise causal convolution over the last 4 tokens, added to its input (arXiv 2512.17351)."""
 
     def __init__(self, width):
         super().__init__()
