@@ -47,7 +47,8 @@ class Info:
     @property
     def name(self):
         """Of the run or the folder."""
-        return self.path.parent.name if self.state else self.path.name
+        path = self.path.resolve()  # of "." too
+        return path.parent.name if self.state else path.name
 
 
 def load(path):

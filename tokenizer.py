@@ -252,17 +252,19 @@ def further_tokens(path, added):
     A folder with vocab.json has them in its tokenizer_config.json. ValueError if the ids do not follow on each other.
     """
     config = path.with_name("tokenizer_config.json")
-    problem = "its further special tokens have no ids one after another: nanoSteel cannot keep them"
+    source = config if path.name == "vocab.json" and config.exists() else path
     try:
-        if path.name == "vocab.json" and config.exists():
+        if source == config:
             decoder = json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
             added = [token | {"id": int(i)} for i, token in decoder.items()]
         first = QWEN_TOKENS + len(SPECIALS)
         further = {token["id"]: [token["content"], token["special"]] for token in added if token["id"] >= first}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{config} is damaged: download it again") from None
+        raise ValueError(f"{source} is damaged: download it again") from None
     if sorted(further) != list(range(first, first + len(further))):
-        raise ValueError(f"{path}: {problem}")
+        raise ValueError(
+            f"{source}: its further special tokens have no ids one after another: nanoSteel cannot keep them"
+        )
     return [further[i] for i in sorted(further)]
 
 

@@ -64,7 +64,7 @@ IGNORED = set(
 
 def architecture(config):
     """The architecture whose forward is exactly that of this Config."""
-    if config.reset_id >= 0 or config.value_embedding:  # transformers' attention stops at no end of document, adds none
+    if config.reset_id >= 0 or config.value_embedding:  # transformers' attention has neither
         return OWN
     if config.ffn == "dense":
         return QWEN3 if config.qk_norm else OWN if config.head_dim else QWEN2

@@ -86,10 +86,10 @@ def data_of(state, T):
 
 def numbers_of(info):
     """The last evaluation of the run up to this step, if its log is there."""
-    run = info.path.parent
-    if not (info.state and (run / "metrics.jsonl").exists()):
+    try:
+        fields = read_run(info.path.parent) if info.state else {}
+    except ValueError:  # no log, or nothing in it
         return ""
-    fields = read_run(run)
     step = max((step for step in fields.get("val_loss", {}) if step <= info.state["step"]), default=None)
     if step is None:
         return ""
