@@ -43,12 +43,12 @@ VARIANTS = {
     "dense": ("--ffn dense", 3),
     "token": ("--dispatch token", 3),
     "causal": ("", 3),  # a window of 4
-    "convolution": ("--ffn dense", 3),
+    "canon-C": ("--ffn dense", 3),
     "decay": ("--ffn dense", 1),
     "convolution-token": ("--dispatch token", 1),
     "dense-ve": ("--ffn dense --value-embedding", 3),
     "causal-ve": ("--value-embedding", 3),
-    **{f"canon-{places}": ("--ffn dense", 1) for places in ("A", "B", "C", "D")},
+    **{f"canon-{places}": ("--ffn dense", 1) for places in ("A", "B", "D")},
     "canon-ABCD": ("--ffn dense", 3),
     "dynamic-B": ("--ffn dense", 1),
     "dynamic-D": ("--ffn dense", 1),
@@ -104,38 +104,25 @@ def get_args(argv=None):
 # Candidates from outside: other ways to mix in earlier tokens
 
 
+def last_four(u):
+    """u [B, T, ...] -> what stands at t, t - 1, t - 2 and t - 3, zero before the text: four of its shape."""
+    T, padded = u.shape[1], F.pad(u, (0, 0) * (u.ndim - 2) + (3, 0))
+    return [padded[:, 3 - k : 3 - k + T] for k in range(4)]
+
+
 class Convolution(nn.Module):
-    """A depthwise causal convolution over the last 4 tokens: one weight for each channel and distance."""
+    """A depthwise causal convolution over the last 4 tokens: one weight for each channel and distance.
 
-    def __init__(self, config):
+    It starts as the identity, so that it is Canon's (arXiv 2512.17351), which adds one that starts at 0 to its input.
+    """
+
+    def __init__(self, d_model, width, groups):
         super().__init__()
-        # It starts as the identity; starting it like a slot of the Soft MoE does no better
-        self.kernel = nn.Parameter(torch.tensor([1.0, 0.0, 0.0, 0.0]).repeat(config.d_model, 1))
-        self.state = 3 * config.d_model  # numbers to keep for decoding: the last inputs
+        self.kernel = nn.Parameter(torch.tensor([1.0, 0.0, 0.0, 0.0]).repeat(width, 1))
+        self.state = 3 * width  # numbers to keep for decoding: the last inputs
 
-    def forward(self, x):
-        T = x.shape[1]
-        padded = F.pad(x, (0, 0, 3, 0))
-        return sum(self.kernel[:, k] * padded[:, 3 - k : 3 - k + T] for k in range(4))
-
-
-class Decay(nn.Module):
-    """The mean of all tokens so far, weighted exp(-rate * distance), with a bonus for the token itself; 8 groups."""
-
-    def __init__(self, config):
-        super().__init__()
-        if config.d_model % 8:
-            raise ValueError(f"decay: d_model = {config.d_model} is not a multiple of 8")
-        self.rate = nn.Parameter(torch.linspace(0.1, 2.0, 8))
-        self.bonus = nn.Parameter(torch.full((8,), 2.0))
-        self.state = config.d_model + 8  # the weighted sums and their weights
-
-    def forward(self, x):
-        index = torch.arange(x.shape[1], device=x.device)
-        distance = index[:, None] - index
-        scores = self.bonus[:, None, None] * (distance == 0) - self.rate.abs()[:, None, None] * distance
-        weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)  # [8, T, T]
-        return (weights @ x.unflatten(-1, (8, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
+    def forward(self, x, u):
+        return sum(self.kernel[:, k] * past for k, past in enumerate(last_four(u)))
 
 
 class DynamicConvolution(nn.Module):
@@ -149,23 +136,28 @@ class DynamicConvolution(nn.Module):
 
     def forward(self, x, u):
         """x [B, T, D] makes the weights; u [B, T, width] is mixed."""
-        T, parts = u.shape[1], u.unflatten(-1, (self.groups, -1))
         weights = F.linear(x, self.kernel).unflatten(-1, (self.groups, 4))
-        padded = F.pad(parts, (0, 0, 0, 0, 3, 0))
-        return u + sum(weights[..., k, None] * padded[:, 3 - k : 3 - k + T] for k in range(4)).flatten(2)
+        parts = last_four(u.unflatten(-1, (self.groups, -1)))
+        return u + sum(weights[..., k, None] * past for k, past in enumerate(parts)).flatten(2)
 
 
-class Canon(nn.Module):
-    """A depthwise causal convolution over the last 4 tokens, added to its input (arXiv 2512.17351)."""
+class Decay(nn.Module):
+    """The mean of all tokens so far, weighted exp(-rate * distance), with a bonus for the token itself; 8 groups."""
 
-    def __init__(self, width):
+    def __init__(self, d_model, width, groups):
         super().__init__()
-        self.kernel = nn.Parameter(torch.zeros(width, 4))
-        self.state = 3 * width
+        if width % 8:
+            raise ValueError(f"decay: d_model = {width} is not a multiple of 8")
+        self.rate = nn.Parameter(torch.linspace(0.1, 2.0, 8))
+        self.bonus = nn.Parameter(torch.full((8,), 2.0))
+        self.state = width + 8  # the weighted sums and their weights
 
     def forward(self, x, u):
-        T, padded = u.shape[1], F.pad(u, (0, 0, 3, 0))
-        return u + sum(self.kernel[:, k] * padded[:, 3 - k : 3 - k + T] for k in range(4))
+        index = torch.arange(u.shape[1], device=u.device)
+        distance = index[:, None] - index
+        scores = self.bonus[:, None, None] * (distance == 0) - self.rate.abs()[:, None, None] * distance
+        weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)  # [8, T, T]
+        return (weights @ u.unflatten(-1, (8, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
 
 
 class MixedInput(nn.Module):
@@ -175,11 +167,6 @@ class MixedInput(nn.Module):
         super().__init__()
         self.mixing, self.layer = mixing, layer
 
-    def forward(self, x, place, cache=None, layer=0):
-        return self.layer(self.mixing(x), place)
-
-
-class CanonInput(MixedInput):
     def forward(self, x, place, cache=None, layer=0):
         return self.layer(self.mixing(x, x), place)
 
@@ -195,66 +182,46 @@ class MixedDense(Dense):
         return (F.silu(gate) * up) @ self.w_out
 
 
-def mix_input(kind):
-    """-> a function that lets the feed-forward layer of a block read a mixing layer of this class."""
-
-    def change(block, config):
-        block.ffn = MixedInput(kind(config), block.ffn)
-
-    return change
-
-
-def convolve(places, dynamic=False):
-    """-> a function that adds convolutions to a block, at Canon's places: A before attention, B on q, k and v, C before
-    the feed-forward layer, D on what its first matrix gives."""
-
-    def change(block, config):
-        D, at_d = config.d_model, 2 * config.d_dense
-        at_b = (config.n_head + 2 * config.n_kv_head) * config.head_width
-        groups_b, groups_d = at_b // config.head_width, 2 * config.n_expert
-        if "B" in places:
-            block.attention.__class__ = MixedAttention
-            block.attention.mixing = DynamicConvolution(D, at_b, groups_b) if dynamic else Canon(at_b)
-        if "D" in places:
-            block.ffn.__class__ = MixedDense
-            block.ffn.mixing = DynamicConvolution(D, at_d, groups_d) if dynamic else Canon(at_d)
-        if "A" in places:
-            block.attention = CanonInput(Canon(D), block.attention)
-        if "C" in places:
-            block.ffn = CanonInput(Canon(D), block.ffn)
-
-    return change
-
-
-CANDIDATES = {
-    "convolution": mix_input(Convolution),
-    "convolution-token": mix_input(Convolution),
-    "decay": mix_input(Decay),
-    **{f"canon-{places}": convolve(places) for places in ("A", "B", "C", "D", "ABCD")},
-    "dynamic-B": convolve("B", dynamic=True),
-    "dynamic-D": convolve("D", dynamic=True),
+CANDIDATES = {  # name -> class of the mixing layers, Canon's places of them
+    **{f"canon-{places}": (Convolution, places) for places in ("A", "B", "C", "D", "ABCD")},
+    "convolution-token": (Convolution, "C"),
+    "decay": (Decay, "C"),
+    "dynamic-B": (DynamicConvolution, "B"),
+    "dynamic-D": (DynamicConvolution, "D"),
 }
 
 
 class Candidate(Decoder):
-    """A decoder whose blocks the function `change` has given mixing layers. It cannot decode."""
+    """A decoder with mixing layers at Canon's places: A before attention, B on q, k and v, C before the feed-forward
+    layer, D on what its first matrix gives. It cannot decode."""
 
-    change = None
+    kind, places = None, ""
     has_cache = False
 
     def __init__(self, config):
         super().__init__(config)
         if config.reset_id >= 0:
             raise ValueError("the candidates from outside mix across documents: leave --reset-at-eos out")
+        D, heads = config.d_model, config.n_head + 2 * config.n_kv_head
         for block in self.blocks:
-            self.change(block, config)
+            if "B" in self.places:
+                block.attention.__class__ = MixedAttention
+                block.attention.mixing = self.kind(D, heads * config.head_width, heads)
+            if "D" in self.places:
+                block.ffn.__class__ = MixedDense
+                block.ffn.mixing = self.kind(D, 2 * config.d_dense, 2 * config.n_expert)
+            if "A" in self.places:
+                block.attention = MixedInput(self.kind(D, D, config.n_head), block.attention)
+            if "C" in self.places:
+                block.ffn = MixedInput(self.kind(D, D, config.n_head), block.ffn)
 
 
 def decoder_class(name):
     """The class of a variant's model."""
-    return (
-        type("Candidate", (Candidate,), {"change": staticmethod(CANDIDATES[name])}) if name in CANDIDATES else Decoder
-    )
+    if name not in CANDIDATES:
+        return Decoder
+    kind, places = CANDIDATES[name]
+    return type("Candidate", (Candidate,), {"kind": kind, "places": places})
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -25,10 +25,10 @@ from plan import PRESETS
 @torch.no_grad()
 def test_the_candidates_compute_what_they_say():
     x = torch.randn(2, 30, 24, dtype=torch.float64)
-    convolution, decay = (randomized(kind(SMALL).double()) for kind in (Convolution, Decay))
+    convolution, decay = (randomized(kind(24, 24, 4).double()) for kind in (Convolution, Decay))
     padded, kernel = F.pad(x.transpose(1, 2), (3, 0)), convolution.kernel.flip(1)[:, None]
     expected = F.conv1d(padded, kernel, groups=24).transpose(1, 2)
-    torch.testing.assert_close(convolution(x), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(convolution(None, x), expected, rtol=0, atol=1e-12)
 
     expected = torch.empty_like(x)
     for channel in range(24):
@@ -37,7 +37,7 @@ def test_the_candidates_compute_what_they_say():
             scores = -rate * torch.arange(t, -1, -1)  # by distance
             scores[t] += bonus
             expected[:, t, channel] = x[:, : t + 1, channel] @ scores.softmax(0)
-    torch.testing.assert_close(decay(x), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(decay(None, x), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.quick
@@ -55,20 +55,20 @@ def test_convolutions_at_canons_places_compute_what_they_say():
     for name in ("canon-A", "canon-B", "canon-C", "canon-D", "dynamic-B", "dynamic-D"):
         block = randomized(decoder_class(name)(config)).double().blocks[0]
         (kernel,) = (p for key, p in block.named_parameters() if key.endswith("kernel"))
-        place_of_it = name[-1]
-        layer, own = (block.attention, plain.attention) if place_of_it in "AB" else (block.ffn, plain.ffn)
-        inner = layer.layer if place_of_it in "AC" else layer
+        letter = name[-1]
+        layer, own = (block.attention, plain.attention) if letter in "AB" else (block.ffn, plain.ffn)
+        inner = layer.layer if letter in "AC" else layer
         own.load_state_dict({key: p for key, p in inner.state_dict().items() if not key.startswith("mixing")})
 
         def mixed(u):
             if name.startswith("canon"):
-                return u + sum(kernel[:, k] * shifted(u, k) for k in range(4))
+                return sum(kernel[:, k] * shifted(u, k) for k in range(4))
             weights = (x @ kernel.T).unflatten(-1, (-1, 4)).repeat_interleave(4 * u.shape[-1] // len(kernel), 2)
             return u + sum(weights[..., k] * shifted(u, k) for k in range(4))
 
-        if place_of_it in "AC":
+        if letter in "AC":
             expected = own(mixed(x), place)
-        elif place_of_it == "D":
+        elif letter == "D":
             gate, up = mixed(x @ own.w_in.flatten(0, 1).T).chunk(2, dim=-1)
             expected = (F.silu(gate) * up) @ own.w_out
         else:
@@ -125,9 +125,9 @@ def test_a_small_study_runs_resumes_and_prints_its_table(small_data, tmp_path):
     found = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(found | {"speed": 3}), encoding="utf-8")
 
-    result = call("extras.study", *flags, tiny, "--only", "convolution", "sequence")
+    result = call("extras.study", *flags, tiny, "--only", "canon-C", "sequence")
     table = result.stdout.splitlines()
-    assert [line.split(" | ")[0] for line in table[2:]] == ["| convolution", "| sequence"]
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| canon-C", "| sequence"]
     assert f"| {found['loss']:.4f} (it claims {found['claimed']:.4f}) |" in table[3]
     convolution, sequence = ([cell.strip() for cell in line.strip("|").split("|")] for line in table[2:])
     assert sequence[8] == "3" and "sequence-0" not in result.stderr  # read from its file, not run again
