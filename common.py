@@ -109,6 +109,13 @@ def can_compile(device):
     return device == "cuda" or device == "cpu" and bool(compiler) and headers.exists()
 
 
+def has_amx():
+    """Whether this CPU multiplies matrices in bf16 several times as fast as in fp32."""
+    import torch
+
+    return torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
 def keep_large_buffers():
     """Tell glibc not to give large buffers back to the kernel after every use: a fifth of a CPU step is page faults."""
     with contextlib.suppress(OSError, AttributeError):
@@ -122,12 +129,12 @@ PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "H
 PEAKS |= {"A800": 312e12, "L40S": 362e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12, "B200": 2250e12}
 
 
-def peak_flops(device):
+def peak_flops(device, bf16):
     """FLOP/s that a matmul reaches on this CPU (measured), the bf16 peak of a known GPU, else None."""
     import torch
 
     if device == "cpu":
-        a, best = torch.randn(1024, 1024), math.inf
+        a, best = torch.randn(1024, 1024, dtype=torch.bfloat16 if bf16 else None), math.inf
         for _ in range(10):
             start = time.perf_counter()
             a @ a

@@ -56,9 +56,8 @@ class Config:
                 problems.append(f"{name} = {value!r}, expected one of {', '.join(CHOICES[name])}")
             if field.type is int and value < least or field.type is float and not 0 < value < math.inf:
                 problems.append(f"{name} = {value}, expected a positive number")
-        if not problems and (self.head_dim or self.d_model / self.n_head) % 2:
-            width = f"{self.head_dim or self.d_model / self.n_head:g}"
-            problems.append(f"head_dim, or d_model / n_head, is {width}, expected an even number")
+        if not problems and (width := self.head_dim or self.d_model / self.n_head) % 2:
+            problems.append(f"head_dim, or d_model / n_head, is {width:g}, expected an even number")
         if not problems and self.n_head % self.n_kv_head:
             problems.append(f"n_head = {self.n_head} is not a multiple of n_kv_head = {self.n_kv_head}")
         if not problems and self.reset_id >= 0 and self.reads_ahead:
@@ -146,6 +145,8 @@ class Cache:
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions, as in Qwen2, or with qk_norm as in Qwen3."""
 
+    dtype = None  # of q, k and v where it is not that of the matrices: train.py sets fp32 for bf16 on a CPU
+
     def __init__(self, config):
         super().__init__()
         self.n_head, self.n_kv_head, K = config.n_head, config.n_kv_head, config.head_width
@@ -153,8 +154,7 @@ class Attention(nn.Module):
         self.qkv_bias = None if config.qk_norm else nn.Parameter(torch.empty(self.qkv.shape[:2]))
         if config.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(K, eps=config.norm_eps) for _ in "qk")
-        if config.value_embedding:
-            self.value_scale = nn.Parameter(torch.empty(1))
+        self.value_scale = nn.Parameter(torch.empty(1)) if config.value_embedding else None
         self.out = nn.Parameter(torch.empty(config.d_model, self.n_head * K))
 
     def forward(self, x, place, cache=None, layer=0):
@@ -167,7 +167,8 @@ class Attention(nn.Module):
             qk = torch.cat([self.q_norm(qk[:, :, : self.n_head]), self.k_norm(qk[:, :, self.n_head :])], dim=2)
         (cos, sin), (first, second) = place.angles.unbind(2), qk.chunk(2, dim=-1)
         qk = (qk * cos + torch.cat([-second, first], dim=-1) * sin).to(v.dtype)  # turn each pair (x_i, x_{i + K/2})
-        q, k, v = (a.transpose(1, 2) for a in (*qk.split([self.n_head, self.n_kv_head], dim=2), v))  # [B, H or G, T, K]
+        qkv = (a.to(self.dtype or a.dtype) for a in (*qk.split([self.n_head, self.n_kv_head], dim=2), v))
+        q, k, v = (a.transpose(1, 2) for a in qkv)  # [B, H or G, T, K]
         if cache is not None:
             for stored, new in ((cache.k[layer], k), (cache.v[layer], v)):
                 stored.narrow(2, cache.length, T).copy_(new)
@@ -176,7 +177,8 @@ class Attention(nn.Module):
         if isinstance(place.mask, BlockMask):
             y = flex_attention(q, k, v, block_mask=place.mask, enable_gqa=enable_gqa)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, place.mask, is_causal=is_causal, enable_gqa=enable_gqa)
+            with torch.autocast(x.device.type, enabled=False):  # it would cast them again
+                y = F.scaled_dot_product_attention(q, k, v, place.mask, is_causal=is_causal, enable_gqa=enable_gqa)
         return F.linear(y.transpose(1, 2).reshape(B, T, -1), self.out)
 
     def project(self, x):  # [B, T, D] -> [B, T, (H + 2 G) K]
@@ -216,8 +218,7 @@ class SoftMoE(nn.Module):
         self.phi = nn.Parameter(torch.empty(D, E * P))
         if config.router == "cosine":
             self.scale = nn.Parameter(torch.empty(1))
-        if self.window > 1:
-            self.recency = nn.Parameter(torch.empty(E * P, config.window))  # b
+        self.recency = nn.Parameter(torch.empty(E * P, config.window)) if self.window > 1 else None  # b
         self.w_in = nn.Parameter(torch.empty(E, 2, h, D))  # A, B
         self.w_out = nn.Parameter(torch.empty(E, h, D) if config.expert == "swiglu" else torch.empty(2, E, h, D))
 
@@ -435,8 +436,7 @@ class Decoder(nn.Module):
             self.value_embedding = nn.Parameter(torch.empty(config.vocab_size, config.n_kv_head * config.head_width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
-        if not config.tie_embeddings:
-            self.head = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.head = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.softmax_gradient, self.uses_flex = softmax_gradient, False  # train.py compiles one, sets the other
         self.init_weights()
 

@@ -30,6 +30,7 @@ def describe_machine(args, device, compiled, ranks):
         "shard": args.shard,
         "compile": compiled,
         "device": device,
+        "bf16": args.bf16,
         "cpu": platform.machine(),
     }
 
@@ -96,7 +97,7 @@ class Reporter:
         self.device = model.embedding.device.type
         self.block_size = model.config.block_size
         self.flops = flops_per_token(model, self.block_size)
-        self.peak = peak_flops(self.device)
+        self.peak = peak_flops(self.device, args.bf16)
         self.bytes_per_token = bytes_per_token(data, tokenizer)
         self.step, self.seconds = state.step, state.seconds  # at the last line
         if log and args.report:

@@ -40,7 +40,7 @@ from checkpoint import (
     set_aside_newer,
     step_folders,
 )
-from common import can_compile, choose_device, keep_large_buffers
+from common import can_compile, choose_device, has_amx, keep_large_buffers
 from data import TokenData, batches, read_manifest
 from dpo import Preference, add_reference, load_reference, weights_hash
 from eval import MAX_TOKENS
@@ -57,7 +57,7 @@ DEFAULT_DATA = "data/default"
 HASHED_BYTES = 1 << 30  # of the data, to check at each start: a second or two
 
 # Defaults of --recipe, which flags override: those of Steel-LLM (arXiv 2502.06635, sections 6.1 and 6.3)
-FINE_TUNING = {"optimizer": "adamw", "schedule": "cosine", "pack": True}
+FINE_TUNING = {"optimizer": "adamw", "schedule": "cosine", "pack": True, "bf16": False}  # bf16: that of a CPU
 RECIPES = {
     "sft": FINE_TUNING | {"epochs": 4.0, "batch_documents": 256, "lr": 2e-5, "warmup": 0, "weight_decay": 0.0},
     "dpo": FINE_TUNING | {"epochs": 3.0, "batch_documents": 128, "lr": 5e-6, "warmup": 0.1, "weight_decay": 0.1},
@@ -81,9 +81,7 @@ def get_args(argv=None, **defaults):
     # What of it
     mix = parser.add_mutually_exclusive_group()
     mix.add_argument("--mix", metavar="web=2,en=0.5", help="epochs of sources or languages in a round; of others 1")
-    mix.add_argument(
-        "--mix-share", metavar="zh=0.8,en=0.2", help="instead: their parts of the run; others are left out"
-    )
+    mix.add_argument("--mix-share", metavar="zh=0.8,en=0.2", help="instead: their parts of the run; others have none")
     # How long, how much at a time
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="length of the run and of its schedule")
@@ -115,6 +113,7 @@ def get_args(argv=None, **defaults):
     # Machine
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--compile", action=switch, help="torch.compile; by default where a compiler is found")
+    add("--bf16", action=switch, help="on a CPU: matmuls in bf16; by default where it has AMX (CUDA: always)")
     add("--exact", action=switch, default=False, help="the same bits at 1, 2, 4, ... CPU processes")
     add("--shard", action=switch, default=False, help="FSDP2: shard parameters, gradients and optimizer over the ranks")
     add("--recompute", action=switch, default=False, help="activation checkpointing: keep only the input of each block")
@@ -219,9 +218,7 @@ def ensure_data(args, ranks):
         prepare([], Path(args.data), workers=os.cpu_count())
     ranks.barrier()
     if not manifest.exists():
-        fix = (
-            "say with --data where they are now" if args.resume else f"python prepare.py FILE_OR_DIR --out {args.data}"
-        )
+        fix = "say with --data where it is" if args.resume else f"python prepare.py FILE_OR_DIR --out {args.data}"
         raise ValueError(f"no data in {args.data}: {fix}")
 
 
@@ -292,6 +289,8 @@ def move_to_device(model, args, device, compiled, ranks):
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what is not bf16
     for block in model.blocks:
         block.recompute = args.recompute
+        if args.bf16 and device == "cpu":  # the backward of its bf16 attention takes five times as long
+            block.attention.dtype = torch.float32
         if compiled:  # all blocks share one code; not dynamic, or an evaluation's batch size would change training's
             block.compile(dynamic=False)
     if compiled and device == "cuda":  # on a CPU a compiled loss does not pay, and flex_attention has no backward
@@ -372,7 +371,7 @@ def gradients(model, objective, micro_batches, args, ranks, device):
 
     def forward(i):
         arrays = (a.to(device, non_blocking=True) for a in micro_batches[i])
-        with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
             return objective(model, *arrays)
 
     def micro_sums(i):
@@ -432,6 +431,7 @@ def main(argv=None):
     data, val = open_data(args, model.config.block_size, saved, ranks)
     n_micro = set_sizes(args, model, data, device, ranks)
     compiled = can_compile(device) if args.compile is None else args.compile
+    args.bf16 = device == "cuda" or (device == "cpu" and has_amx() if args.bf16 is None else args.bf16)
     machine = describe_machine(args, device, compiled, ranks)
     if checkpoint:
         check_resume(args, data, machine, checkpoint, saved, ranks)

@@ -169,7 +169,7 @@ def measure(name, kind):
         "compile_s": compile_seconds,
     }
     if kind != "transformers":
-        if peak := peak_flops("cuda"):
+        if peak := peak_flops("cuda", True):
             row["mfu"] = flops_per_token(model, config.block_size) * speed / peak
         row["loss_ms"] = 1000 * loss_seconds(config, model, micro_batch)
         attention, ffn = part_seconds(config, model, micro_batch)

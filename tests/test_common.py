@@ -242,6 +242,13 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     assert choose_device("auto") == "cuda"
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="Linux")
+@pytest.mark.quick
+def test_amx_is_what_the_kernel_says():
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        assert common.has_amx() == ("amx_bf16" in file.read().split())
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # How far it is
 

@@ -147,7 +147,7 @@ def test_no_step_waits_for_the_gpu(small_data, optimizer):
     """torch raises at whatever waits: .item(), a branch on a tensor, a copy from memory that is not pinned."""
     from checkpoint import State
 
-    args = get_args(["--optimizer", optimizer])
+    args = get_args(["--bf16", "--optimizer", optimizer])
     model = small_model(reset_id=0)
     model = Decoder(Config(**{**model.config.__dict__, "vocab_size": 4096}))
     move_to_device(model, args, "cuda", True, Ranks())
@@ -202,7 +202,7 @@ def test_two_processes_on_one_gpu_give_the_loss_of_one(small_data, tmp_path):
 
 def test_the_memory_of_a_step_is_the_plans(tmp_path):
     """steel-1b, one micro-batch of 4, eager: --dry-run plans what the GPU holds at most, and 15 % too much at most."""
-    args, config = get_args(["--preset", "steel-1b"]), PRESETS["steel-1b"]
+    args, config = get_args(["--bf16", "--preset", "steel-1b"]), PRESETS["steel-1b"]
     planned = StepMemory(config, 4, args).on_each(1, shard=False)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -577,12 +577,15 @@ def test_softmax_gradient_is_that_of_autograd():
     assert torch.equal(without, each) and none is None
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=["attention as it comes", "attention in fp32"])
 @pytest.mark.parametrize("changes", [*CAUSAL_KINDS, dict(dispatch="sequence")], ids=str)
-def test_autocast_to_bfloat16_stays_near_fp32(changes):
-    """What CUDA training runs under, on the CPU: loss and every gradient."""
+def test_autocast_to_bfloat16_stays_near_fp32(changes, dtype):
+    """What training on CUDA and on CPUs with AMX runs under: loss and every gradient."""
     torch.manual_seed(1)
     model, ids = small(torch.float32, **changes), torch.randint(50, (4, 33))
     randomized(model, std=0.1)
+    for block in model.blocks:
+        block.attention.dtype = dtype
     results = []
     for enabled in (False, True):
         model.zero_grad()

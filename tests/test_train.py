@@ -112,6 +112,16 @@ def test_reset_at_eos_reaches_the_model_and_its_sampler(small_data, tmp_path):
     assert sampled.splitlines()[1].startswith("却说")
 
 
+def test_bf16_stays_near_fp32_and_a_run_stays_with_it(whole_run, small_data, tmp_path):
+    train(small_data, tmp_path, "--bf16", "--steps", 8)
+    assert losses(tmp_path) == pytest.approx(losses(whole_run.out), abs=0.05)
+    assert losses(tmp_path) != pytest.approx(losses(whole_run.out), abs=1e-5)
+    assert "note:" not in call("train.py", "--resume", "--out", tmp_path, "--steps", 9).stdout
+    assert state_of(tmp_path, 9)["machine"]["bf16"] and not state_of(whole_run.out, 8)["machine"]["bf16"]
+    result = call("train.py", "--resume", "--out", tmp_path, "--steps", 10, "--no-bf16")
+    assert "note: bf16 True -> False: the run continues, but not to the same bits" in result.stdout
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Compiled runs
 
