@@ -52,6 +52,8 @@ VARIANTS = {
     "canon-ABCD": ("--ffn dense", 3),
     "dynamic-B": ("--ffn dense", 1),
     "dynamic-D": ("--ffn dense", 1),
+    "window-B": ("--ffn dense", 1),
+    "causal-window-B": ("", 1),  # also on q, k and v
     "causal-e1": ("--n-expert 1 --d-expert 384", 3),  # a window alone: nothing is routed
     "causal-w2": ("--window 2", 1),
     "causal-w8": ("--window 8", 1),
@@ -87,7 +89,7 @@ def get_args(argv=None):
     parser.add_argument("--data", default=train.DEFAULT_DATA)
     parser.add_argument("--out", type=Path, default=Path("out/study"))
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
-    parser.add_argument("--mixing-rate", type=float, default=4.0, help="rate of the convolutions' weights, times --lr")
+    parser.add_argument("--mixing-rate", type=float, default=4.0, help="rate of the mixing layers' weights, times --lr")
     parser.add_argument("--flags", default="", help="more flags of train.py for every run, in one string")
     parser.add_argument("--run", nargs=2, metavar=("NAME", "SEED"), help=argparse.SUPPRESS)  # what a worker calls
     args = parser.parse_args(argv)
@@ -104,9 +106,9 @@ def get_args(argv=None):
 # Candidates from outside: other ways to mix in earlier tokens
 
 
-def last_four(u):
-    """u [B, T, ...] -> what stands at t, t - 1, t - 2 and t - 3, zero before the text: four of its shape."""
-    T, padded = u.shape[1], F.pad(u, (0, 0) * (u.ndim - 2) + (3, 0))
+def last_four(u, before=0.0):
+    """u [B, T, ...] -> what stands at t, t - 1, t - 2 and t - 3, `before` in front of the text: four of its shape."""
+    T, padded = u.shape[1], F.pad(u, (0, 0) * (u.ndim - 2) + (3, 0), value=before)
     return [padded[:, 3 - k : 3 - k + T] for k in range(4)]
 
 
@@ -141,6 +143,25 @@ class DynamicConvolution(nn.Module):
         return u + sum(weights[..., k, None] * past for k, past in enumerate(parts)).flatten(2)
 
 
+class Window(nn.Module):
+    """The causal layer's window (docs/layer.md) with one slot for each group of channels: u is mixed with weights that
+    the tokens that are read are given by a router of x."""
+
+    def __init__(self, d_model, width, groups):
+        super().__init__()
+        self.phi = nn.Parameter(torch.randn(groups, d_model) * d_model**-0.5)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.recency = nn.Parameter(torch.tensor([2.0, 0.0, 0.0, 0.0]).repeat(groups, 1))
+        self.groups, self.state = groups, 3 * (width + groups)
+
+    def forward(self, x, u):
+        """x [B, T, D] makes the weights; u [B, T, width] is mixed."""
+        logits = self.scale * F.linear(F.normalize(x, dim=-1), F.normalize(self.phi, dim=-1))
+        scores = [past + self.recency[:, k] for k, past in enumerate(last_four(logits, -torch.inf))]
+        weights = torch.stack(scores).softmax(0).to(u.dtype)[..., None]
+        return sum(weights * torch.stack(last_four(u.unflatten(-1, (self.groups, -1))))).flatten(2)
+
+
 class Decay(nn.Module):
     """The mean of all tokens so far, weighted exp(-rate * distance), with a bonus for the token itself; 8 groups."""
 
@@ -160,15 +181,10 @@ class Decay(nn.Module):
         return (weights @ u.unflatten(-1, (8, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
 
 
-class MixedInput(nn.Module):
-    """A layer that reads the output of a mixing layer."""
-
-    def __init__(self, mixing, layer):
-        super().__init__()
-        self.mixing, self.layer = mixing, layer
-
-    def forward(self, x, place, cache=None, layer=0):
-        return self.layer(self.mixing(x, x), place)
+def mix_input(layer, mixing):
+    """Let a layer read the output of a mixing layer."""
+    layer.mixing_input = mixing
+    layer.register_forward_pre_hook(lambda layer, inputs: (mixing(inputs[0], inputs[0]), *inputs[1:]))
 
 
 class MixedAttention(Attention):
@@ -188,6 +204,8 @@ CANDIDATES = {  # name -> class of the mixing layers, Canon's places of them
     "decay": (Decay, "C"),
     "dynamic-B": (DynamicConvolution, "B"),
     "dynamic-D": (DynamicConvolution, "D"),
+    "window-B": (Window, "B"),
+    "causal-window-B": (Window, "B"),
 }
 
 
@@ -211,9 +229,9 @@ class Candidate(Decoder):
                 block.ffn.__class__ = MixedDense
                 block.ffn.mixing = self.kind(D, 2 * config.d_dense, 2 * config.n_expert)
             if "A" in self.places:
-                block.attention = MixedInput(self.kind(D, D, config.n_head), block.attention)
+                mix_input(block.attention, self.kind(D, D, config.n_head))
             if "C" in self.places:
-                block.ffn = MixedInput(self.kind(D, D, config.n_head), block.ffn)
+                mix_input(block.ffn, self.kind(D, D, config.n_head))
 
 
 def decoder_class(name):
@@ -243,13 +261,13 @@ def train_variant(name, seed, args):
 
 
 def optimizers_with(mixing_rate, model, *flags):
-    """make_optimizers(), in which the weights of convolutions learn at a rate of their own."""
+    """make_optimizers(), in which the weights of mixing layers learn at a rate of their own."""
     optimizers = make_optimizers(model, *flags)
-    kernels = {p for name, p in model.named_parameters() if name.endswith("mixing.kernel")}
-    for optimizer in optimizers if kernels else ():
+    mixing = {p for name, p in model.named_parameters() if ".mixing" in name}
+    for optimizer in optimizers if mixing else ():
         for group in list(optimizer.param_groups):
-            own = [p for p in group["params"] if p in kernels]
-            group["params"] = [p for p in group["params"] if p not in kernels]
+            own = [p for p in group["params"] if p in mixing]
+            group["params"] = [p for p in group["params"] if p not in mixing]
             if own:
                 optimizer.add_param_group({"params": own, "lr_scale": mixing_rate, "weight_decay": 0.0})
     return optimizers

@@ -1,5 +1,6 @@
 """The study: its candidates from outside against other implementations, and a small run of the whole."""
 
+import itertools
 import json
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from test_model import SMALL, randomized
 
 import train
 from data import TokenData
-from extras.study import VARIANTS, Convolution, Decay, decoder_class, halves, optimizers_with
+from extras.study import VARIANTS, Convolution, Decay, Window, decoder_class, halves, optimizers_with
 from model import Decoder, place_tokens
 from optim import make_optimizers
 from plan import PRESETS
@@ -39,6 +40,15 @@ def test_the_candidates_compute_what_they_say():
             expected[:, t, channel] = x[:, : t + 1, channel] @ scores.softmax(0)
     torch.testing.assert_close(decay(None, x), expected, rtol=0, atol=1e-12)
 
+    window, u, expected = randomized(Window(24, 24, 4).double()), torch.randn(2, 30, 24).double(), torch.empty_like(x)
+    for b, t, group in itertools.product(range(2), range(30), range(4)):
+        read, phi = x[b, max(0, t - 3) : t + 1].flip(0), window.phi[group]
+        cosines = read @ phi / (read.norm(dim=1) * phi.norm())
+        weights = (window.scale * cosines + window.recency[group, : len(read)]).softmax(0)
+        channels = slice(6 * group, 6 * group + 6)
+        expected[b, t, channels] = weights @ u[b, max(0, t - 3) : t + 1, channels].flip(0)
+    torch.testing.assert_close(window(x, u), expected, rtol=0, atol=1e-12)
+
 
 @pytest.mark.quick
 @torch.no_grad()
@@ -57,8 +67,7 @@ def test_convolutions_at_canons_places_compute_what_they_say():
         (kernel,) = (p for key, p in block.named_parameters() if key.endswith("kernel"))
         letter = name[-1]
         layer, own = (block.attention, plain.attention) if letter in "AB" else (block.ffn, plain.ffn)
-        inner = layer.layer if letter in "AC" else layer
-        own.load_state_dict({key: p for key, p in inner.state_dict().items() if not key.startswith("mixing")})
+        own.load_state_dict({key: p for key, p in layer.state_dict().items() if not key.startswith("mixing")})
 
         def mixed(u):
             if name.startswith("canon"):
