@@ -16,7 +16,7 @@ from test_model import SMALL, randomized
 
 import train
 from data import TokenData
-from extras.study import VARIANTS, Convolution, Decay, Window, decoder_class, halves, optimizers_with
+from extras.study import VARIANTS, Convolution, Decay, Window, decoder_class, flags_of, halves, optimizers_with
 from model import Decoder, place_tokens
 from optim import make_optimizers
 from plan import PRESETS
@@ -105,8 +105,8 @@ def test_convolutions_learn_at_a_rate_of_their_own_and_nothing_else_does():
 @pytest.mark.quick
 def test_all_variants_have_the_same_number_of_parameters():
     counts = {}
-    for name, (flags, _) in VARIANTS.items():
-        given = train.given_fields(train.get_args(flags.split()))
+    for name in VARIANTS:
+        given = train.given_fields(train.get_args(flags_of(name)))
         counts[name] = decoder_class(name)(replace(PRESETS["demo"], **given)).n_params()
     with_table = {name: counts.pop(name) for name in ("dense-ve", "causal-ve")}
     assert max(counts.values()) < 1.01 * min(counts.values()), counts
