@@ -200,8 +200,9 @@ def open_run(args, argv, ranks):
     return args, log, checkpoint, saved
 
 
-def check_world(args, ranks):
-    """Set the default length, and refuse flags that this number of processes cannot have."""
+def check_world(args, device, ranks):
+    """Set the default length and precision, and refuse flags that this number of processes cannot have."""
+    args.bf16 = device == "cuda" or (device == "cpu" and has_amx() if args.bf16 is None else args.bf16)
     if args.steps is None and args.minutes is None and args.epochs is None:
         args.epochs = RECIPES[args.recipe]["epochs"] if args.recipe else None
         args.minutes = None if args.recipe else 10.0
@@ -422,7 +423,7 @@ def main(argv=None):
 
     # Set-up: the folder of the run, its data, its model, its state
     args, log, checkpoint, saved = open_run(args, argv, ranks)
-    check_world(args, ranks)
+    check_world(args, device, ranks)
     ensure_data(args, ranks)
     check_ranks_agree(args, checkpoint, ranks)
     tokenizer = load_tokenizer(args.data)
@@ -431,7 +432,6 @@ def main(argv=None):
     data, val = open_data(args, model.config.block_size, saved, ranks)
     n_micro = set_sizes(args, model, data, device, ranks)
     compiled = can_compile(device) if args.compile is None else args.compile
-    args.bf16 = device == "cuda" or (device == "cpu" and has_amx() if args.bf16 is None else args.bf16)
     machine = describe_machine(args, device, compiled, ranks)
     if checkpoint:
         check_resume(args, data, machine, checkpoint, saved, ranks)
