@@ -34,7 +34,7 @@ from common import run_command, write_atomically
 from data import TokenData, evenly_spaced
 from eval import evaluate, leak
 from extras.timing import peak_memory
-from model import Attention, Config, Decoder, Dense
+from model import Attention, Cache, Config, Decoder, Dense
 from optim import make_optimizers
 from tokenizer import load_tokenizer
 
@@ -214,10 +214,10 @@ class Candidate(Decoder):
     layer, D on what its first matrix gives. It cannot decode."""
 
     kind, places = None, ""
-    has_cache = False
 
     def __init__(self, config):
         super().__init__(config)
+        self.has_cache = False
         if config.reset_id >= 0:
             raise ValueError("the candidates from outside mix across documents: leave --reset-at-eos out")
         D, heads = config.d_model, config.n_head + 2 * config.n_kv_head
@@ -343,8 +343,8 @@ def decode_state(model):
     """How many numbers a block keeps for each text while decoding, keys and values apart; None: it grows."""
     if model.config.reads_ahead:
         return None
-    states = [layer.state for layer in model.blocks[0].modules() if hasattr(layer, "state")]
-    return sum(states) if states else sum(a.numel() for a in model.new_cache(1, 1).recent[0])
+    mixing = sum(layer.state for layer in model.blocks[0].modules() if hasattr(layer, "state"))
+    return mixing + sum(a.numel() for a in Cache(model.config, 1, 1, "cpu", torch.float32).recent[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,17 @@ from test_model import SMALL, randomized
 
 import train
 from data import TokenData
-from extras.study import VARIANTS, Convolution, Decay, Window, decoder_class, flags_of, halves, optimizers_with
+from extras.study import (
+    VARIANTS,
+    Convolution,
+    Decay,
+    Window,
+    decode_state,
+    decoder_class,
+    flags_of,
+    halves,
+    optimizers_with,
+)
 from model import Decoder, place_tokens
 from optim import make_optimizers
 from plan import PRESETS
@@ -112,6 +122,24 @@ def test_all_variants_have_the_same_number_of_parameters():
     assert max(counts.values()) < 1.01 * min(counts.values()), counts
     table = PRESETS["demo"].vocab_size * PRESETS["demo"].d_model
     assert with_table == {f"{name}-ve": counts[name] + table + 3 for name in ("dense", "causal")}  # a factor a layer
+
+
+@pytest.mark.quick
+def test_the_decode_state_counts_what_a_block_keeps_of_earlier_tokens():
+    """Of the last 3 tokens: q, k and v and 12 router logits; and for the causal layer 6 logits and A x and B x."""
+    found = {}
+    for name in ("dense", "causal", "canon-C", "window-B", "causal-window-B", "sequence"):
+        given = train.given_fields(train.get_args(flags_of(name)))
+        found[name] = decode_state(decoder_class(name)(replace(PRESETS["demo"], **given)))
+    window, layer = 3 * (3 * 128 + 12), 3 * (6 + 2 * 384)
+    assert found == {
+        "dense": 0,
+        "causal": layer,
+        "canon-C": 3 * 128,
+        "window-B": window,
+        "causal-window-B": window + layer,
+        "sequence": None,
+    }
 
 
 @pytest.mark.quick
