@@ -20,7 +20,7 @@ from order import places_of
 from parallel import shard_dim
 
 PRESETS = {  # layers, width, heads, key/value heads
-    "demo": Config(3, 128, 4, 4, value_embedding=True),
+    "demo": Config(3, 128, 4, 4),
     "small": Config(12, 768, 6, 6, vocab_size=16_384, block_size=1024, tie_embeddings=True),
     "base-350m": Config(24, 1024, 8, 8, vocab_size=49_152, block_size=2048, tie_embeddings=True),
     "steel-1b": Config(18, 1792, 32, 32, vocab_size=151_936, block_size=2048, d_expert=448, expert="swiglu2",

@@ -13,7 +13,7 @@ from extras.huggingface import OWN, QWEN2, QWEN2_MOE, QWEN3, architecture, huggi
 from extras.transformers_tokenizer import CHAT_TEMPLATE, merges_of, qwen_parts
 from tokenizer import Qwen
 
-SOFT_MOE = "llama.cpp has no Soft MoE: train with --ffn dense --no-value-embedding, or use the folder of --export"
+SOFT_MOE = "llama.cpp has no Soft MoE: train with --ffn dense, or use the folder of --export"
 OURS = "--reset-at-eos, --pack and --value-embedding"
 WHY_NOT = {OWN: f"{SOFT_MOE}; a dense one must do without {OURS}", QWEN2_MOE: SOFT_MOE}
 

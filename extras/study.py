@@ -246,17 +246,12 @@ def decoder_class(name):
 # One run, in a process of its own
 
 
-def flags_of(name):
-    """Flags of train.py. A variant has no value embeddings unless its name says so."""
-    return ["--no-value-embedding"] * (name in VARIANTS) + RUNS[name][0].split()
-
-
 def train_variant(name, seed, args):
     """Train, or resume; returns the checkpoint at the end. ValueError if it was stopped before."""
     out = args.out / f"{name}-{seed}"
     train.Decoder = decoder_class(name)
     train.make_optimizers = partial(optimizers_with, args.mixing_rate)
-    argv = [*args.flags.split(), *flags_of(name), "--data", args.data, "--out", str(out)]
+    argv = [*args.flags.split(), *RUNS[name][0].split(), "--data", args.data, "--out", str(out)]
     argv += ["--steps", str(args.steps)] if args.steps else ["--minutes", str(args.minutes)]
     argv += ["--seed", str(seed), "--eval-every", "0", "--save-every", "200", "--keep", "1"]
     train.main(argv + (["--resume"] if any(out.glob("step-*")) else []))

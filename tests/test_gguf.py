@@ -75,11 +75,7 @@ def test_tensors_sizes_and_tokens_are_all_in_the_file(which, changes, small_data
 
 
 def test_the_command_writes_dense_models_alone(small_data, tmp_path):
-    for name, flags in (
-        ("dense", ["--ffn", "dense", "--no-value-embedding"]),
-        ("moe", []),
-        ("apart", ["--ffn", "dense", "--no-value-embedding", "--reset-at-eos"]),
-    ):
+    for name, flags in (("dense", ["--ffn", "dense"]), ("moe", []), ("apart", ["--ffn", "dense", "--reset-at-eos"])):
         call("train.py", "--data", small_data, "--out", tmp_path / name, *TINY, "--steps", 1, *flags)
     said = call("extras.export", tmp_path / "dense", "--export-gguf", tmp_path / "a.gguf").stdout
     assert said.endswith("a.gguf, Qwen2ForCausalLM\n") and (tmp_path / "a.gguf").stat().st_size > 100_000

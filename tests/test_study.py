@@ -16,17 +16,7 @@ from test_model import SMALL, randomized
 
 import train
 from data import TokenData
-from extras.study import (
-    VARIANTS,
-    Convolution,
-    Decay,
-    Window,
-    decode_state,
-    decoder_class,
-    flags_of,
-    halves,
-    optimizers_with,
-)
+from extras.study import VARIANTS, Convolution, Decay, Window, decode_state, decoder_class, halves, optimizers_with
 from model import Decoder, place_tokens
 from optim import make_optimizers
 from plan import PRESETS
@@ -115,8 +105,8 @@ def test_convolutions_learn_at_a_rate_of_their_own_and_nothing_else_does():
 @pytest.mark.quick
 def test_all_variants_have_the_same_number_of_parameters():
     counts = {}
-    for name in VARIANTS:
-        given = train.given_fields(train.get_args(flags_of(name)))
+    for name, (flags, _) in VARIANTS.items():
+        given = train.given_fields(train.get_args(flags.split()))
         counts[name] = decoder_class(name)(replace(PRESETS["demo"], **given)).n_params()
     with_table = {name: counts.pop(name) for name in ("dense-ve", "causal-ve")}
     assert max(counts.values()) < 1.01 * min(counts.values()), counts
@@ -129,7 +119,7 @@ def test_the_decode_state_counts_what_a_block_keeps_of_earlier_tokens():
     """Of the last 3 tokens: q, k and v and 12 router logits; and for the causal layer 6 logits and A x and B x."""
     found = {}
     for name in ("dense", "causal", "canon-C", "window-B", "causal-window-B", "sequence"):
-        given = train.given_fields(train.get_args(flags_of(name)))
+        given = train.given_fields(train.get_args(VARIANTS[name][0].split()))
         found[name] = decode_state(decoder_class(name)(replace(PRESETS["demo"], **given)))
     window, layer = 3 * (3 * 128 + 12), 3 * (6 + 2 * 384)
     assert found == {

@@ -481,7 +481,7 @@ def test_a_run_starts_from_a_hugging_face_folder(small_data, tmp_path):
     """Its first loss is that of transformers; after a resume it is still a model of the folder's shape."""
     from transformers import AutoModelForCausalLM
 
-    train(small_data, tmp_path / "dense", "--ffn", "dense", "--no-value-embedding", "--steps", 3, "--lr", "0.02")
+    train(small_data, tmp_path / "dense", "--ffn", "dense", "--steps", 3, "--lr", "0.02")
     call("extras.export", tmp_path / "dense", "--export", tmp_path / "qwen2")
     run = tmp_path / "run"
     flags = ["--data", small_data, "--out", run, "--init-from", tmp_path / "qwen2"]

@@ -186,9 +186,7 @@ except ValueError as error:
     assert found["refusal"] == 'dispatch = "sequence" reads padding too: give it texts of one length'
 
 
-@pytest.mark.parametrize(
-    "flags", [[], ["--ffn", "dense", "--qk-norm", "--no-value-embedding"]], ids=["own code", "qwen3"]
-)
+@pytest.mark.parametrize("flags", [[], ["--ffn", "dense", "--qk-norm"]], ids=["own code", "qwen3"])
 def test_the_lines_of_the_model_card_run(flags, small_data, tmp_path):
     call("train.py", "--data", small_data, "--out", tmp_path / "run", *TINY, "--steps", 2, *flags)
     call("extras.export", tmp_path / "run", "--export", tmp_path / "hf")
