@@ -172,7 +172,7 @@ class Attention(nn.Module):
         if cache is not None:
             for stored, new in ((cache.k[layer], k), (cache.v[layer], v)):
                 stored.narrow(2, cache.length, T).copy_(new)
-            k, v = (stored.narrow(2, 0, cache.length + T) for stored in (cache.k[layer], cache.v[layer]))
+            k, v = (stored.narrow(2, 0, cache.length + T).to(q.dtype) for stored in (cache.k[layer], cache.v[layer]))
         is_causal, enable_gqa = place.mask is None and T > 1, self.n_head != self.n_kv_head
         if isinstance(place.mask, BlockMask):
             y = flex_attention(q, k, v, block_mask=place.mask, enable_gqa=enable_gqa)

@@ -601,6 +601,19 @@ def test_autocast_to_bfloat16_stays_near_fp32(changes, dtype):
         assert error < 0.25, (name, error)
 
 
+@pytest.mark.quick
+@torch.no_grad()
+@pytest.mark.parametrize("changes", CAUSAL_KINDS, ids=str)
+def test_a_cache_of_fp32_serves_a_model_under_autocast(changes):
+    torch.manual_seed(1)
+    model, ids = small(torch.float32, **changes), torch.randint(50, (4, 24))
+    randomized(model, std=0.1)
+    cache = model.new_cache(4, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        stepped = torch.cat([model(part, cache=cache) for part in ids.split([9, 1, 1, 13], dim=1)], dim=1)
+    torch.testing.assert_close(stepped.float(), model(ids), rtol=0, atol=0.1)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Sizes and configuration
 
