@@ -57,7 +57,7 @@ DEFAULT_DATA = "data/default"
 HASHED_BYTES = 1 << 30  # of the data, to check at each start: a second or two
 
 # Defaults of --recipe, which flags override: those of Steel-LLM (arXiv 2502.06635, sections 6.1 and 6.3)
-FINE_TUNING = {"optimizer": "adamw", "schedule": "cosine", "pack": True, "bf16": False}  # bf16: that of a CPU
+FINE_TUNING = {"optimizer": "adamw", "schedule": "cosine", "pack": True, "bf16": False}  # fp32 on a CPU, as its scores
 RECIPES = {
     "sft": FINE_TUNING | {"epochs": 4.0, "batch_documents": 256, "lr": 2e-5, "warmup": 0, "weight_decay": 0.0},
     "dpo": FINE_TUNING | {"epochs": 3.0, "batch_documents": 128, "lr": 5e-6, "warmup": 0.1, "weight_decay": 0.1},
@@ -187,7 +187,7 @@ def open_run(args, argv, ranks):
         raise ValueError(f"--out {run} has checkpoints: --resume continues from them, another --out starts anew")
     checkpoint = newest_checkpoint(run)
     saved = read_state(checkpoint)
-    flags = saved["args"]
+    flags = {"bf16": False} | saved["args"]  # on a CPU, a run without the flag is in fp32
     if args.steps or args.minutes or args.epochs:  # a new length replaces the old one
         flags = flags | {"steps": None, "minutes": None, "epochs": None}
     if args.mix is not None or args.mix_share is not None:  # and so does a new mix

@@ -144,8 +144,8 @@ class DynamicConvolution(nn.Module):
 
 
 class Window(nn.Module):
-    """The causal layer's window (docs/layer.md) with one slot for each group of channels: u is mixed with weights that
-    the tokens that are read are given by a router of x."""
+    """The causal layer's window (docs/layer.md), a slot for each group of channels: a softmax over the last 4 tokens of
+    the router's logits of each, which come from x."""
 
     def __init__(self, d_model, width, groups):
         super().__init__()
@@ -322,7 +322,7 @@ def halves(data):
 
 
 def step_memory(model, data, micro_batch, compiled):
-    """The most bytes alive during forward and backward of one micro-batch, beyond weights and optimizer."""
+    """The most bytes alive during forward and backward of one micro-batch, beyond weights and optimizer, in fp32."""
     ids = torch.from_numpy(np.stack([data[i % len(data)] for i in range(micro_batch)]))
     for block in model.blocks if compiled else ():
         block.compile()

@@ -8,7 +8,7 @@ import torch
 
 
 def autocast(device):
-    """bf16 on CUDA, as in train.py."""
+    """bf16 on CUDA, as in train.py; fp32 on every CPU."""
     return torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda")
 
 

@@ -611,7 +611,8 @@ def test_a_cache_of_fp32_serves_a_model_under_autocast(changes):
     cache = model.new_cache(4, 24)
     with torch.autocast("cpu", torch.bfloat16):
         stepped = torch.cat([model(part, cache=cache) for part in ids.split([9, 1, 1, 13], dim=1)], dim=1)
-    torch.testing.assert_close(stepped.float(), model(ids), rtol=0, atol=0.1)
+    expected = model(ids)
+    assert (stepped.float() - expected).norm() < 0.01 * expected.norm()  # 0.06 or more without the earlier tokens
 
 
 # ----------------------------------------------------------------------------------------------------------------------

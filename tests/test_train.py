@@ -151,13 +151,13 @@ def test_a_compiled_run_resumed_with_an_evaluation_runs_the_same_code(small_data
 # Killed and stopped
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_run_that_is_killed_again_and_again_loses_nothing(small_data, tmp_path, world, request):
+@pytest.mark.parametrize("world, precision", [(1, "--no-bf16"), (2, "--no-bf16"), (1, "--bf16")])
+def test_a_run_that_is_killed_again_and_again_loses_nothing(small_data, tmp_path, world, precision, request):
     """kill -9 of all processes or of one, in a step, in a save, in an evaluation: the run ends with the same bits, and
     with each step once in the log."""
     kills, rng = request.config.getoption("--kills"), random.Random(world)
     steps = 6 * kills + 4
-    flags = ["--data", small_data, *TINY, "--steps", steps]
+    flags = ["--data", small_data, *TINY, precision, "--steps", steps]
     flags += ["--save-every", 2, "--eval-every", 2, "--eval-tokens", 10_000, "--mix", "a=2,b=0.5"]
     finish(start(world, "train.py", "--out", tmp_path / "whole", *flags))
     run, ended = tmp_path / "run", 0
