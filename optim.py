@@ -196,11 +196,9 @@ def scale_and_clip(params, count, max_norm):
 
 
 # A step is bad, and skipped, if its loss or gradient is NaN or infinite, or if the loss stands out from those before.
-SPIKE, RECENT_STEPS, MAX_SKIPPED = (
-    6.0,
-    64,
-    5,
-)  # standard deviations; good steps to compare with; bad steps in a row end a run
+SPIKE = 6.0  # standard deviations above the mean
+RECENT_STEPS = 64  # good steps to compare with
+MAX_SKIPPED = 5  # bad steps in a row that end a run
 
 
 def is_bad(loss, norm, recent):
