@@ -26,11 +26,12 @@ class Muon(torch.optim.Optimizer):
 
     The last two dimensions of a parameter are the matrix; each expert and each head has its own. Updates have the size
     of AdamW's (arXiv 2502.16982, section 2.2), so that one learning rate serves both. found_inf = 1 (a tensor) skips
-    the step, as in torch's fused AdamW.
+    the step, as in torch's fused AdamW. bf16: orthogonalize in bf16 on a CPU as well, as on CUDA.
     """
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, bf16=False):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.bf16 = bf16
         self.found_inf = torch.zeros(())
 
     @torch.no_grad()
@@ -41,6 +42,7 @@ class Muon(torch.optim.Optimizer):
                 gradients = [self.nesterov(p, group["momentum"], good) for p in params]
                 sizes = [len(gradient) for gradient in gradients]
                 x = torch.cat(gradients)
+                x = x.to(torch.bfloat16 if self.bf16 or x.is_cuda else torch.float32)
                 updates = (orthogonalize(x) if sharded else orthogonalize_over_ranks(x)).split(sizes)
                 rate = group["lr"] * 0.2 * max(params[0].shape[-2:]) ** 0.5 * good
                 decay = 1 - group["lr"] * group["weight_decay"] * good
@@ -95,7 +97,6 @@ def orthogonalize_over_ranks(x):
 
 def orthogonalize(x, steps=5):
     """[N, m, n] -> about the nearest matrices with singular values 1, by a quintic Newton-Schulz iteration."""
-    x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -114,9 +115,9 @@ REST_RATE, HEAD_RATE, W_OUT_RATE = 12.0, 6.0, 1 / 6
 GROUPS = {"qkv": "matrices", "out": "matrices", "w_in": "matrices", "w_out": "w_out", "head": "head"}  # others: "rest"
 
 
-def make_optimizers(model, optimizer, lr, weight_decay):
-    """Muon and AdamW, or "adamw": all of it at one rate, as in nanoGPT. Each parameter is in exactly one group;
-    `lr_scale` multiplies the rate."""
+def make_optimizers(model, optimizer, lr, weight_decay, bf16=False):
+    """Muon (bf16 is its own) and AdamW, or "adamw": all of it at one rate, as in nanoGPT. Each parameter is in exactly
+    one group; `lr_scale` multiplies the rate."""
     groups = {"matrices": [], "w_out": [], "head": [], "rest": []}
     for name, p in model.named_parameters():
         groups[GROUPS.get(name.rpartition(".")[2], "rest")].append(p)
@@ -135,7 +136,7 @@ def make_optimizers(model, optimizer, lr, weight_decay):
     ]
     rest = [group for group in rest if group["params"]]
     adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.8, 0.99), fused=True)  # betas: docs/experiments.md
-    return [Muon(matrices, lr=lr), adamw]
+    return [Muon(matrices, lr=lr, bf16=bf16), adamw]
 
 
 def load_optimizers(optimizers, saved):

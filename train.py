@@ -438,7 +438,7 @@ def main(argv=None):
     constants = run_constants(args, model, data, saved)
     move_to_device(model, args, device, compiled, ranks)
     add_references(args, model, (data, val), constants, saved, ranks)
-    optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay)
+    optimizers = make_optimizers(model, args.optimizer, args.lr, args.weight_decay, args.bf16)
     state = make_state(args, data, device, saved)
     if checkpoint:
         load_optimizers(optimizers, read_tensors(checkpoint / "optimizer.pt"))

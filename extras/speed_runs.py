@@ -61,7 +61,7 @@ def state_times(out, repeats=20):
     model, _, info = load(out)
     flags, block_size = info.state["args"], model.config.block_size
     data, n = TokenData(flags["data"], "train", block_size), flags["batch_tokens"] // block_size
-    optimizers = make_optimizers(model, flags["optimizer"], flags["lr"], flags["weight_decay"])
+    optimizers = make_optimizers(model, *(flags[key] for key in ("optimizer", "lr", "weight_decay", "bf16")))
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     for optimizer in optimizers:

@@ -63,6 +63,25 @@ def test_a_step_of_muon_is_its_formula():
     torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("shape", [(3, 16, 40), (40, 16), (8, 8)])
+def test_muon_in_bf16_is_near_its_formula(shape):
+    """Singular values that come out near 1 within 2 %; the weights themselves stay in fp32."""
+    U, _, Vt = np.linalg.svd(np.random.default_rng(0).standard_normal(shape), full_matrices=False)
+    gradient = torch.tensor(U @ Vt, dtype=torch.float32)  # its singular values are all 1: so are all n^-1/2 at first
+    s = min(shape[-2:]) ** -0.5
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    p = torch.nn.Parameter(torch.zeros(shape))
+    optimizer = Muon([p], lr=0.1, bf16=True)
+    p.grad = gradient.clone()
+    optimizer.step()
+    expected = -0.1 * 0.2 * max(shape[-2:]) ** 0.5 * s * gradient
+    assert p.dtype == torch.float32
+    error = (p.detach() - expected).norm() / expected.norm()
+    assert 1e-5 < error < 0.02, error  # fp32 has 1e-6
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Schedule and clipping
 

@@ -109,7 +109,7 @@ def test_a_gathered_state_is_a_copy_on_rank_0_and_nothing_elsewhere():
 
 
 def assert_near(run, other, step):
-    """Weights within 1e-3: a step moves an embedding by up to 0.07, by the sign of a gradient where Adam has seen few."""
+    """Weights within 1e-3: a step moves an embedding by up to 0.07, by the mere sign of a gradient where it is tiny."""
     one, two = (torch.load(path / f"step-{step:08d}" / "model.pt", weights_only=True) for path in (run, other))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-3)
