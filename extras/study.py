@@ -5,6 +5,7 @@
     python -m extras.study --only dense causal --minutes 4 --out out/minutes         # equal time instead of equal steps
     python -m extras.study --steps 4 --seeds 1 --flags=--no-compile --out out/quick  # a test of the whole
     python -m extras.study --mixes --out out/mixes                 # the default model on mixes of the default sources
+    python -m extras.sizes out/small out/large                     # compares studies of several sizes
 
 A run is one call of train.py on one thread; two run at a time. out/study/NAME-SEED keeps its result. Each run imports
 the code anew, so do not edit it before the last one has started. Choose settings by the first half of the held-out text
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 
 import train
 from checkpoint import newest_checkpoint, read_state, read_tensors
-from common import run_command, write_atomically
+from common import flops_per_token, run_command, write_atomically
 from data import TokenData, evenly_spaced
 from eval import evaluate, leak
 from extras.timing import peak_memory
@@ -289,13 +290,15 @@ def run_one(name, seed, args):
     token_bytes = load_tokenizer(args.data).token_bytes
     to_choose, to_report = (evaluate(model, samples, token_bytes) for samples in halves(val))
     by = {key.partition("/")[2]: value for key, value in lines[-1].items() if key.startswith("val_bpb/")}
+    trained = sum(phase["served"] for phase in state["phases"]) * model.config.block_size
     result = {
         "choose": to_choose["loss"],
         "loss": to_report["loss"],
         "bpb": to_report["bpb"],
         "bpb_by": by | {"all": lines[-1]["val_bpb"]},
         "parameters": model.n_params(),
-        "trained": sum(phase["served"] for phase in state["phases"]) * model.config.block_size,
+        "trained": trained,
+        "flops": trained * flops_per_token(model, model.config.block_size),
         "state": decode_state(model),
         "speed": statistics.median(line["tokens_per_second"] for line in lines if "loss" in line),
     }

@@ -169,6 +169,42 @@ def test_a_small_study_runs_resumes_and_prints_its_table(small_data, tmp_path):
     assert "--lr -1" in (tmp_path / "bad" / "causal-0.log").read_text(encoding="utf-8")
 
 
+@pytest.mark.quick
+def test_sizes_are_compared_by_compute(tmp_path):
+    def write(study, name, flops, loss):
+        folder = tmp_path / study / name
+        folder.mkdir(parents=True)
+        result = {"parameters": 1000, "trained": 2e6, "flops": flops, "loss": loss}
+        (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+
+    for study, flops in (("large", 1e16), ("small", 1e14), ("medium", 1e15)):
+        write(study, "dense-0", flops, 30 * flops**-0.05)
+        write(study, "causal-window-B-0", flops, 40 * flops**-0.06 - 0.25)
+        write(study, "causal-window-B-1", flops, 40 * flops**-0.06 + 0.25)
+    write("small", "token-0", 1e14, 5.5)
+    sizes = [tmp_path / name for name in ("large", "small", "medium")]
+    lines = call("extras.sizes", *sizes, "--png", tmp_path / "sizes.png").stdout.splitlines()
+    assert lines[2:9] == [
+        "| causal-window-B | 1,000 | 2.000 | 0.100 | 2 | 5.7818 | 0.5000 |",
+        "| causal-window-B | 1,000 | 2.000 | 1.000 | 2 | 5.0357 | 0.5000 |",
+        "| causal-window-B | 1,000 | 2.000 | 10.000 | 2 | 4.3859 | 0.5000 |",
+        "| dense | 1,000 | 2.000 | 0.100 | 1 | 5.9858 |  |",
+        "| dense | 1,000 | 2.000 | 1.000 | 1 | 5.3348 |  |",
+        "| dense | 1,000 | 2.000 | 10.000 | 1 | 4.7547 |  |",
+        "| token | 1,000 | 2.000 | 0.100 | 1 | 5.5000 |  |",
+    ]
+    assert lines[9:11] == [
+        "causal-window-B: the loss falls as compute^-0.0600",
+        "dense: the loss falls as compute^-0.0500",
+    ]
+    assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG") and len(lines) == 12
+
+    refused(call("extras.sizes", tmp_path, ok=False), "has no results of extras.study")
+    path = tmp_path / "small" / "token-0" / "result.json"
+    path.write_text('{"loss": 5}', encoding="utf-8")
+    refused(call("extras.sizes", *sizes, ok=False), "earlier version", "--out")
+
+
 def test_mixes_are_compared_by_source(small_data, tmp_path):
     flags = ["--data", small_data, "--out", tmp_path, "--seeds", 2, "--steps", 2, "--flags=" + " ".join(TINY)]
     table = call("extras.study", "--mixes", *flags, "--only", "as it is").stdout.splitlines()
