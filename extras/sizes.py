@@ -1,8 +1,10 @@
 """Loss against compute: the same variants of extras.study at several sizes, a folder for each.
 
-python -m extras.study --only dense causal --steps 140 --out out/small
-python -m extras.study --only dense causal --steps 500 --flags="--n-layer 7 --d-model 256 --lr 3e-3" --out out/large
-python -m extras.sizes out/small out/large --png sizes.png
+    python -m extras.study --only dense causal --steps 140 --out out/small
+    python -m extras.study --only dense causal --steps 500 --flags="--n-layer 7 --d-model 256 --lr 3e-3" --out out/large
+    python -m extras.sizes out/small out/large --png sizes.png
+
+Compute is FLOPs as common.flops_per_token() counts them, not time.
 """
 
 import argparse
