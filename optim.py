@@ -26,7 +26,7 @@ class Muon(torch.optim.Optimizer):
 
     The last two dimensions of a parameter are the matrix; each expert and each head has its own. Updates have the size
     of AdamW's (arXiv 2502.16982, section 2.2), so that one learning rate serves both. found_inf = 1 (a tensor) skips
-    the step, as in torch's fused AdamW. bf16: orthogonalize in bf16 on a CPU as well, as on CUDA.
+    the step, as in torch's fused AdamW. bf16: orthogonalize in it, else in fp32.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, bf16=False):
@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
                 gradients = [self.nesterov(p, group["momentum"], good) for p in params]
                 sizes = [len(gradient) for gradient in gradients]
                 x = torch.cat(gradients)
-                x = x.to(torch.bfloat16 if self.bf16 or x.is_cuda else torch.float32)
+                x = x.to(torch.bfloat16 if self.bf16 else torch.float32)
                 updates = (orthogonalize(x) if sharded else orthogonalize_over_ranks(x)).split(sizes)
                 rate = group["lr"] * 0.2 * max(params[0].shape[-2:]) ** 0.5 * good
                 decay = 1 - group["lr"] * group["weight_decay"] * good
@@ -116,7 +116,7 @@ GROUPS = {"qkv": "matrices", "out": "matrices", "w_in": "matrices", "w_out": "w_
 
 
 def make_optimizers(model, optimizer, lr, weight_decay, bf16=False):
-    """Muon (bf16 is its own) and AdamW, or "adamw": all of it at one rate, as in nanoGPT. Each parameter is in exactly
+    """Muon (in bf16 or fp32) and AdamW, or "adamw": all of it at one rate, as in nanoGPT. Each parameter is in exactly
     one group; `lr_scale` multiplies the rate."""
     groups = {"matrices": [], "w_out": [], "head": [], "rest": []}
     for name, p in model.named_parameters():

@@ -98,7 +98,7 @@ def training_step(name, kind, micro_batch):
 
     else:
         move_to_device(model, args, "cuda", True, Ranks())
-        optimizers = make_optimizers(model, "muon", 1e-4, 0.1)
+        optimizers = make_optimizers(model, "muon", 1e-4, 0.1, bf16=True)
         count = torch.tensor(float(targets.numel()), device="cuda")
 
         def micro():

@@ -39,17 +39,17 @@ def read_curves(folders):
         if not seeds:
             raise ValueError(f"{folder} has no results of extras.study: give its --out")
         for name, results in seeds.items():
-            if "flops" not in results[0]:
+            if any("flops" not in result for result in results):
                 raise ValueError(f"{folder} is of an earlier version of extras.study: run it again in another --out")
             mean = {key: statistics.mean(r[key] for r in results) for key in ("parameters", "trained", "flops", "loss")}
             curves.setdefault(name, []).append(mean | {"losses": [result["loss"] for result in results]})
     return {name: sorted(curve, key=lambda point: point["flops"]) for name, curve in curves.items()}
 
 
-def exponent(curve):
-    """b of loss = a compute^-b, a straight line through the logarithms of two points or more."""
+def describe(name, curve):
+    """A variant's name and b of loss = a compute^-b, the straight line through the logarithms of its points."""
     x, y = (np.log([point[key] for point in curve]) for key in ("flops", "loss"))
-    return -np.polyfit(x, y, 1)[0]
+    return f"{name}: compute^{np.polyfit(x, y, 1)[0]:.4f}" if len(set(x)) > 1 else f"{name}: one size"
 
 
 HEADER = """\
@@ -73,8 +73,7 @@ def print_table(curves):
             ]
             print(f"| {' | '.join(cells)} |")
     for name, curve in curves.items():
-        if len(curve) > 1:
-            print(f"{name}: the loss falls as compute^-{exponent(curve):.4f}")
+        print(describe(name, curve))
 
 
 def draw(curves, path):
@@ -83,8 +82,7 @@ def draw(curves, path):
     figure, axis = plt.subplots(figsize=(7, 4.5))
     for color, (name, curve) in enumerate(curves.items()):
         flops, losses = ([point[key] for point in curve] for key in ("flops", "loss"))
-        label = f"{name}, exponent {exponent(curve):.4f}" if len(curve) > 1 else name
-        axis.loglog(flops, losses, color=f"C{color}", label=label)
+        axis.loglog(flops, losses, color=f"C{color}", label=describe(name, curve))
         for point in curve:
             axis.plot([point["flops"]] * len(point["losses"]), point["losses"], ".", color=f"C{color}")
     axis.set_xlabel("FLOPs of training")

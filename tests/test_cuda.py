@@ -151,7 +151,7 @@ def test_no_step_waits_for_the_gpu(small_data, optimizer):
     model = small_model(reset_id=0)
     model = Decoder(Config(**{**model.config.__dict__, "vocab_size": 4096}))
     move_to_device(model, args, "cuda", True, Ranks())
-    optimizers = make_optimizers(model, optimizer, 1e-3, 0.1)
+    optimizers = make_optimizers(model, optimizer, 1e-3, 0.1, bf16=True)
     data = TokenData(small_data, "train", 128)
     state = State.create("cuda", next_phase([], data.samples()))
     steps = batches(data, state.phases, 0, Ranks(), 2, 4, "cuda")
@@ -208,7 +208,7 @@ def test_the_memory_of_a_step_is_the_plans(tmp_path):
     torch.cuda.reset_peak_memory_stats()
     model = Decoder(config)
     move_to_device(model, args, "cuda", False, Ranks())
-    optimizers = make_optimizers(model, "muon", 1e-4, 0.1)
+    optimizers = make_optimizers(model, "muon", 1e-4, 0.1, bf16=True)
     for _ in range(2):
         ids = torch.randint(config.vocab_size, (4, config.block_size + 1))
         gradients(model, Likelihood(), [(ids[:, :-1], ids[:, 1:])], args, Ranks(), "cuda")

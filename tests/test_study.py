@@ -193,14 +193,11 @@ def test_sizes_are_compared_by_compute(tmp_path):
         "| dense | 1,000 | 2.000 | 10.000 | 1 | 4.7547 |  |",
         "| token | 1,000 | 2.000 | 0.100 | 1 | 5.5000 |  |",
     ]
-    assert lines[9:11] == [
-        "causal-window-B: the loss falls as compute^-0.0600",
-        "dense: the loss falls as compute^-0.0500",
-    ]
-    assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG") and len(lines) == 12
+    assert lines[9:12] == ["causal-window-B: compute^-0.0600", "dense: compute^-0.0500", "token: one size"]
+    assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG") and len(lines) == 13
 
     refused(call("extras.sizes", tmp_path, ok=False), "has no results of extras.study")
-    path = tmp_path / "small" / "token-0" / "result.json"
+    path = tmp_path / "small" / "causal-window-B-1" / "result.json"
     path.write_text('{"loss": 5}', encoding="utf-8")
     refused(call("extras.sizes", *sizes, ok=False), "earlier version", "--out")
 
